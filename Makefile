@@ -1,0 +1,39 @@
+# make ablation and make test need only python3, make and a network.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/ready
+
+.DEFAULT_GOAL := help
+.PHONY: help env ablation test clean readme lab
+
+help: ## list these commands
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+$(READY): settings.ini constraints.txt setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+env: $(READY) ## create .venv and install ftcl into it
+
+ablation: $(READY) ## the main job on the built-in shapes: none against posneg
+	mkdir -p runs
+	$(BIN)/papermill --no-progress-bar --stderr-file /dev/stderr nbs/ablation.ipynb runs/ablation.ipynb
+	@echo "Open runs/ablation.ipynb, or see runs/ablation/ for its table, picture and records."
+
+test: $(READY) ## every notebook, then tests/
+	$(BIN)/nbdev_test --n_workers 2 --do_print
+	$(BIN)/python -m pytest
+
+clean: $(READY) ## strip the notebooks and export them to ftcl/; leaves a committed tree as it is
+	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_export
+
+readme: $(READY) ## README.md from nbs/index.ipynb
+	$(BIN)/jupyter nbconvert --to markdown --output-dir . --output README nbs/index.ipynb
+	sed -i.bak 's#\.\./#./#g' README.md && rm README.md.bak
+
+lab: $(READY) ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab nbs
