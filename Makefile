@@ -1,6 +1,7 @@
 # make ablation and make test need only python3, make and a network.
 PYTHON ?= python3
 VENV   ?= .venv
+README ?= README
 BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
 
@@ -32,8 +33,7 @@ clean: $(READY) ## strip the notebooks and export them to ftcl/; leaves a commit
 	$(BIN)/nbdev_export
 
 readme: $(READY) ## README.md from nbs/index.ipynb
-	$(BIN)/jupyter nbconvert --to markdown --output-dir . --output README nbs/index.ipynb
-	sed -i.bak 's#\.\./#./#g' README.md && rm README.md.bak
+	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --no-input --stdout nbs/index.ipynb | sed 's#\.\./#./#g' > $(README).md
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs

@@ -1,0 +1,114 @@
+"Whole runs: the run notebooks by papermill, as a user starts them, and a run that is interrupted"
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from ftcl.data import load
+from ftcl.encoder import Encoder
+from ftcl.evaluate import knn_accuracy
+from ftcl.train import read_checkpoint, read_record
+
+ROOT = Path(__file__).parent.parent
+
+
+def papermill(name, out, **parameters):
+    "Run a notebook; `out` is its output folder"
+    flags = [o for n, v in ({"out": out} | parameters).items() for o in ("-p", n, str(v))]
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", f"nbs/{name}.ipynb", f"{out}.ipynb", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def ablation(tmp_path_factory):
+    "The main job at its defaults"
+    out = tmp_path_factory.mktemp("runs") / "ablation"
+    run = papermill("ablation", out)
+    assert run.returncode == 0, run.stderr
+    return out
+
+
+def test_ablation_pairs_its_runs(ablation):
+    for seed in range(3):
+        a, b = (pd.read_parquet(ablation / f"{arm}-s{seed}.parquet") for arm in ("none", "posneg"))
+        assert a.before_pos_mean[0] == b.before_pos_mean[0] and a.before_neg_mean[0] == b.before_neg_mean[0]
+        assert (b.pos_mean < b.before_pos_mean).all() and (a.pos_mean == a.before_pos_mean).all()
+
+
+def test_ablation_shows_a_table_with_intervals(ablation):
+    table = pd.read_csv(ablation / "posneg.csv", index_col=0)
+    assert {"n", "baseline", "baseline_sd", "setting", "setting_sd", "difference", "low", "high"} == set(table.columns)
+    values = [[read_record(ablation / f"{arm}-s{s}.json")["metrics"]["knn_backbone"] for s in range(3)] for arm in ("none", "posneg")]
+    row = table.iloc[0]
+    assert row.n == 3 and abs(row.difference - (sum(values[1]) - sum(values[0])) / 3) < 1e-9 and row.low < row.difference < row.high
+    assert (ablation / "posneg.png").stat().st_size > 10_000
+
+
+def test_shapes_are_learnt(ablation):
+    train, test = load("shapes"), load("shapes", "test")
+    untrained = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        untrained.append(knn_accuracy(Encoder("small"), train, test))
+    trained = [read_record(ablation / f"none-s{s}.json")["metrics"]["knn_backbone"] for s in range(3)]
+    assert max(untrained) < 40
+    assert sum(trained) / 3 >= sum(untrained) / 3 + 25
+
+
+def test_a_finished_ablation_is_taken_as_it_is(ablation):
+    before = {p.name: p.read_bytes() for p in ablation.glob("*.json")}
+    assert papermill("ablation", ablation, resume=True).returncode == 0
+    assert before == {p.name: p.read_bytes() for p in ablation.glob("*.json")}
+
+
+@pytest.mark.parametrize("name", ["pretrain", "evaluate"])
+def test_run_notebooks_run_at_their_defaults(name, tmp_path):
+    run = papermill(name, tmp_path / name)
+    assert run.returncode == 0, run.stderr
+    assert read_record(tmp_path / name / f"{name}.json")["metrics"]["knn_backbone"] > 20
+    assert not (ROOT / "nbs" / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "name, wrong, told",
+    [
+        ("ablation", {"aplha": 2}, "unknown parameter 'aplha'. Did you mean 'alpha'?"),
+        ("ablation", {"renormalize": "true"}, "renormalize is 'true', but must be True or False."),
+        ("ablation", {"mixing": "both"}, "mixing is 'both', but must be one of none, pos, neg, posneg."),
+        ("pretrain", {"dataset": "no/such/folder"}, "dataset 'no/such/folder' was not found"),
+        ("evaluate", {"checkpoint": "nowhere.safetensors"}, "the checkpoint nowhere.safetensors cannot be read"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_nothing_is_left(name, wrong, told, tmp_path):
+    run = papermill(name, tmp_path / "out", **wrong)
+    assert run.returncode != 0
+    said = [line for line in run.stderr.splitlines() if line.startswith("InputError:")]
+    assert len(said) == 1 and told in said[0]
+    assert [p.name for p in tmp_path.iterdir()] == ["out.ipynb"]  # papermill's own executed copy
+
+
+RUN = """
+from ftcl.train import pretrain
+pretrain(n_images=2048, epochs=3, batch_size=64, queue_size=256, mixing="posneg", out={out!r}, name={name!r}, resume=True)
+"""
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
+    start = lambda name: subprocess.Popen([sys.executable, "-c", RUN.format(out=str(tmp_path), name=name)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert start("whole").wait() == 0
+    run = start("parts-0.2")
+    while "64.0/" not in run.stderr.read(30):  # until the first step is done
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt: stopped after step" in run.stderr.read() and run.wait() != 0
+    stopped = read_checkpoint(tmp_path / "parts-0.2.safetensors")[1]["step"]
+    assert 0 < stopped < 96 and not (tmp_path / "parts-0.2.json").exists()
+    assert start("parts-0.2").wait() == 0
+    (a, _), (b, _) = (read_checkpoint(tmp_path / f"{n}.safetensors") for n in ("whole", "parts-0.2"))
+    assert a.keys() == b.keys() and all(a[k].numpy().tobytes() == b[k].numpy().tobytes() for k in a)
