@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['scores', 'info_nce']
 
-# %% ../nbs/04_loss.ipynb #a21a405e
+# %% ../nbs/04_loss.ipynb #3e52d1c8
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .data import InputError
 
-# %% ../nbs/04_loss.ipynb #a7d1fa7b
+# %% ../nbs/04_loss.ipynb #97d0f143
 def scores(
     q: Tensor,  # (B, D) queries
     k: Tensor,  # (B, D) positive keys
@@ -21,7 +21,7 @@ def scores(
     "Inner products of each query with its own key and with every negative"
     return (q * k).sum(1), (q if q_neg is None else q_neg) @ keys.T
 
-# %% ../nbs/04_loss.ipynb #bf6e97ed
+# %% ../nbs/04_loss.ipynb #3cdb5def
 def info_nce(
     pos: Tensor,  # (B,)
     neg: Tensor,  # (B, K)
