@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIXINGS', 'LEVELS', 'extrapolate', 'sample_beta', 'interpolate', 'FeatureTransform']
 
-# %% ../nbs/03_transform.ipynb #2c277128
+# %% ../nbs/03_transform.ipynb #c14d7d3e
 import torch
 import torch.nn.functional as F
 from functools import lru_cache
@@ -13,7 +13,7 @@ from scipy.special import betaincinv
 from torch import Tensor, nn
 from .data import InputError, one_of
 
-# %% ../nbs/03_transform.ipynb #807c3914
+# %% ../nbs/03_transform.ipynb #bd069dc9
 def extrapolate(
     q: Tensor,  # (B, D) queries
     k: Tensor,  # (B, D) their positive keys
@@ -23,14 +23,14 @@ def extrapolate(
     push = (lam - 1) * (q - k)  # (B, D)
     return q + push, k - push
 
-# %% ../nbs/03_transform.ipynb #22630b5b
+# %% ../nbs/03_transform.ipynb #305c0473
 @lru_cache
 def _beta_table(alpha, device, n=4097):
     "Inverse CDF of Beta(alpha, alpha) at n even steps from 0 to 1"
     return torch.as_tensor(betaincinv(alpha, alpha, torch.linspace(0, 1, n, dtype=torch.float64).numpy()),
                            dtype=torch.float32, device=device)
 
-# %% ../nbs/03_transform.ipynb #01a4e062
+# %% ../nbs/03_transform.ipynb #ea90e771
 def sample_beta(
     alpha: float,  # Both parameters of Beta(alpha, alpha), above 0
     shape: tuple,  # Of the sample
@@ -46,7 +46,7 @@ def sample_beta(
     low = at.long()
     return torch.lerp(table[low], table[1:][low], at.frac())
 
-# %% ../nbs/03_transform.ipynb #006468c2
+# %% ../nbs/03_transform.ipynb #8db36060
 def interpolate(
     keys: Tensor,  # (K, D) negative keys
     lam: Tensor,  # l_in: scalar, (K, 1) or (K, D), in [0, 1]
@@ -55,10 +55,10 @@ def interpolate(
     "Mix every negative key with another one"
     return keys.index_select(0, perm).lerp_(keys, torch.as_tensor(lam, dtype=keys.dtype, device=keys.device))
 
-# %% ../nbs/03_transform.ipynb #e1a989b0
+# %% ../nbs/03_transform.ipynb #a17358be
 MIXINGS, LEVELS = ["none", "pos", "neg", "posneg"], ["feature", "sample", "dimension"]
 
-# %% ../nbs/03_transform.ipynb #9dc9488b
+# %% ../nbs/03_transform.ipynb #d3aead8b
 class FeatureTransform(nn.Module):
     "Positive extrapolation and negative interpolation with random l, drawn anew at each call"
     def __init__(self,
