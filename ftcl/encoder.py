@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['RESNETS', 'ENCODERS', 'small_resnet', 'backbone', 'projection', 'SplitBN', 'split_bn', 'Encoder', 'ema_update']
 
-# %% ../nbs/01_encoder.ipynb #aadf8f16
+# %% ../nbs/01_encoder.ipynb #5941820c
 import torch, torchvision
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 from .data import InputError, one_of
 
-# %% ../nbs/01_encoder.ipynb #ab73ca03
+# %% ../nbs/01_encoder.ipynb #6c1bae05
 def small_resnet(
-    widths: tuple = (32, 64, 128),  # Channels of the three blocks
+    widths: tuple = (32, 64, 128),  # Channels of each block; every block but the first halves height and width
 ) -> nn.Sequential:  # (B, 3, H, W) -> (B, widths[-1])
     "A ResNet for CPUs: one BasicBlock per width, 0.3M parameters, a first convolution of stride 2"
     layers, width = [nn.Conv2d(3, widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU(True)], widths[0]
@@ -24,27 +24,27 @@ def small_resnet(
         layers.append(BasicBlock(width, w, stride, down)); width = w
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
-# %% ../nbs/01_encoder.ipynb #ce6862f3
+# %% ../nbs/01_encoder.ipynb #b95b6695
 RESNETS = {"resnet18": 512, "resnet34": 512, "resnet50": 2048}  # name: features
 ENCODERS = ["small", *RESNETS]
 
-# %% ../nbs/01_encoder.ipynb #bf858ac9
+# %% ../nbs/01_encoder.ipynb #7f99541f
 def backbone(
     name: str,  # `small`, `resnet18`, `resnet34` or `resnet50`
     stem: str = "small",  # Of a ResNet: `small` (3x3, stride 1, no pooling) or `imagenet` (7x7, stride 2, pooling)
 ) -> tuple[nn.Module, int]:  # (B, 3, H, W) -> (B, features); features
-    "A network from images to features; raises `InputError` for an unknown name"
-    if one_of("encoder", name, ENCODERS) == "small": net, width = small_resnet(), 128
+    "A network from images to features, randomly initialised; raises `InputError` for an unknown name"
+    one_of("encoder", name, ENCODERS); one_of("stem", stem, ["small", "imagenet"])
+    if name == "small": net, width = small_resnet(), 128
     else:
         net, width = getattr(torchvision.models, name)(weights=None), RESNETS[name]
         net.fc = nn.Identity()
-        if one_of("stem", stem, ["small", "imagenet"]) == "small":
-            net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+        if stem == "small": net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
     for m in net.modules():
         if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
     return net.to(memory_format=torch.channels_last), width
 
-# %% ../nbs/01_encoder.ipynb #cda9d9cd
+# %% ../nbs/01_encoder.ipynb #1446d6b8
 def projection(
     kind: str,  # `linear` (MoCo v1) or `mlp` (MoCo v2: one hidden layer)
     width: int,  # Features in
@@ -54,7 +54,7 @@ def projection(
     if one_of("head", kind, ["linear", "mlp"]) == "linear": return nn.Linear(width, dim)
     return nn.Sequential(nn.Linear(width, width), nn.ReLU(True), nn.Linear(width, dim))
 
-# %% ../nbs/01_encoder.ipynb #409b4509
+# %% ../nbs/01_encoder.ipynb #53418820
 class SplitBN(nn.BatchNorm2d):
     "Batch normalisation over `splits` parts of the batch, each with statistics of its own, as on that many devices"
     def __init__(self, num_features: int, splits: int = 8, **kw):
@@ -63,23 +63,24 @@ class SplitBN(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W)
         if not self.training: return super().forward(x)
         if len(x) % self.splits: raise InputError(f"bn_splits is {self.splits}, but must divide the batch of {len(x)}.")
+        self.num_batches_tracked.add_(1)
         parts = [F.batch_norm(p, self.running_mean, self.running_var, self.weight, self.bias, True,
                               self.momentum / self.splits, self.eps) for p in x.chunk(self.splits)]
-        return torch.cat(parts)
+        return torch.cat(parts)  # (B, C, H, W)
 
-# %% ../nbs/01_encoder.ipynb #5231df0f
+# %% ../nbs/01_encoder.ipynb #c7cf45a3
 def split_bn(
-    net: nn.Module,
-    splits: int,  # 1 leaves the network as it is
-) -> nn.Module:
-    "`net` with every BatchNorm2d replaced by a SplitBN, in place"
-    if splits == 1: return net
-    for name, m in net.named_children():
-        if type(m) is nn.BatchNorm2d: setattr(net, name, SplitBN(m.num_features, splits))
-        else: split_bn(m, splits)
+    net: nn.Module,  # Changed in place
+    splits: int,  # Parts of the batch; 1 is plain batch normalisation
+) -> nn.Module:  # `net`
+    "`net` with every BatchNorm2d turned into a SplitBN, or back if `splits` is 1"
+    if splits < 1: raise InputError(f"bn_splits is {splits}, but must be at least 1.")
+    kind = SplitBN if splits > 1 else nn.BatchNorm2d
+    for m in net.modules():
+        if type(m) in (nn.BatchNorm2d, SplitBN): m.__class__, m.splits = kind, splits
     return net
 
-# %% ../nbs/01_encoder.ipynb #146015d6
+# %% ../nbs/01_encoder.ipynb #aa069965
 class Encoder(nn.Module):
     "Images to unit vectors: a backbone (features h) and a projection head (z)"
     def __init__(self,
@@ -95,7 +96,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, D), float32
         return F.normalize(self.head(self.backbone(x)).float(), dim=1)
 
-# %% ../nbs/01_encoder.ipynb #2179b266
+# %% ../nbs/01_encoder.ipynb #e3e76409
 @torch.no_grad()
 def ema_update(
     key: nn.Module,  # Changed in place

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Queue']
 
-# %% ../nbs/02_queue.ipynb #8b90fbd9
+# %% ../nbs/02_queue.ipynb #06de468f
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .data import InputError
 
-# %% ../nbs/02_queue.ipynb #0bb204c0
+# %% ../nbs/02_queue.ipynb #37ea9ecd
 class Queue(nn.Module):
     "The last K keys, oldest overwritten first"
     def __init__(self,
@@ -19,14 +19,17 @@ class Queue(nn.Module):
         dim: int,  # D
         generator=None,  # Of the random unit vectors that it starts with
     ):
-        if K < 1 or dim < 1: raise InputError(f"Queue({K}, {dim}): the number of keys and the dimension must be at least 1.")
+        if K < 1 or dim < 1: raise InputError(f"Queue({K}, {dim}): K, the number of keys, and dim must be at least 1.")
         super().__init__()
         self.register_buffer("keys", F.normalize(torch.randn(K, dim, generator=generator), dim=1))  # (K, D)
         self.register_buffer("ptr", torch.zeros((), dtype=torch.long))
     @torch.no_grad()
     def enqueue(self, k: Tensor):  # (B, D), any B
         "Overwrite the B oldest keys; of more than K keys the last K stay"
-        K = len(self.keys); skip = max(len(k) - K, 0)
-        slot = (self.ptr + torch.arange(skip, len(k), device=k.device)) % K  # (min(B, K),)
-        self.keys.index_copy_(0, slot, k[skip:].to(self.keys.dtype))
+        K, dim = self.keys.shape
+        if k.ndim != 2 or k.shape[1] != dim:
+            raise InputError(f"The keys to enqueue have shape {tuple(k.shape)}, but must have shape (B, {dim}).")
+        skip = max(len(k) - K, 0)
+        slot = (self.ptr + torch.arange(skip, len(k), device=self.keys.device)) % K  # (min(B, K),)
+        self.keys.index_copy_(0, slot, k[skip:].to(self.keys))
         self.ptr.copy_((self.ptr + len(k)) % K)
