@@ -93,6 +93,7 @@ class Encoder(nn.Module):
         super().__init__()
         net, self.width = backbone(name, stem)
         self.backbone, self.head = split_bn(net, bn_splits), projection(head, self.width, dim)
+        self.bn_splits = bn_splits
     def forward(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, D), float32
         return F.normalize(self.head(self.backbone(x)).float(), dim=1)
 

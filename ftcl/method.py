@@ -50,6 +50,15 @@ class MoCo(nn.Module):
         self.neg_query = one_of("neg_query", neg_query, ["transformed", "original"])
         self.bf16 = one_of("precision", precision, ["bf16", "fp32"]) == "bf16"
 
+    def encode_keys(self,
+        v: Tensor,  # (B, 3, H, W)
+    ) -> Tensor:  # (B, D), in the order of v
+        "Keys of a view; the batch is dealt out, so that a part of a SplitBN shares few images with the queries' parts"
+        parts = getattr(self.encoder, "bn_splits", 1)
+        if parts == 1: return self.key_encoder(v)
+        deal = torch.arange(len(v), device=v.device).view(parts, -1).T.flatten()
+        return self.key_encoder(v[deal].contiguous(memory_format=torch.channels_last))[deal.argsort()]
+
     def contrast(self,
         q: Tensor,  # (B, D) queries
         k: Tensor,  # (B, D) their keys
@@ -72,7 +81,7 @@ class MoCo(nn.Module):
         pairs = [(v1, v2), (v2, v1)] if self.symmetric else [(v1, v2)]
         with torch.autocast(v1.device.type, torch.bfloat16, enabled=self.bf16):
             qs = [self.encoder(a) for a, _ in pairs]
-            with torch.no_grad(): ks = [self.key_encoder(b) for _, b in pairs]
+            with torch.no_grad(): ks = [self.encode_keys(b) for _, b in pairs]
         with torch.autocast(v1.device.type, enabled=False):
             after, before = zip(*[self.contrast(q, k, mix) for q, k in zip(qs, ks)])
             pos, neg = (torch.cat(o) for o in zip(*after))
