@@ -10,7 +10,7 @@ __all__ = ['ORDER', 'VIEWS', 'MIX', 'WEIGHTS', 'QUEUE', 'HOLDOUT', 'KINDS', 'RAN
            'provenance', 'describe', 'write_record', 'read_record', 'finished', 'writable', 'train_to_end', 'check',
            'pretrain', 'evaluate_checkpoint', 'check_parameters', 'arms']
 
-# %% ../nbs/08_train.ipynb #58bac763
+# %% ../nbs/08_train.ipynb #b1ec27cb
 import inspect, json, math, os, platform, signal, subprocess, tempfile, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,17 +22,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 from .data import AUGMENTATIONS, ImageSet, InputError, load, nearest, one_of, two_views
-from .encoder import ENCODERS, Encoder
+from .encoder import ENCODERS, STEMS, Encoder
 from .evaluate import knn_accuracy, linear_logreg, linear_sgd
-from .method import METHODS, MoCo
+from .method import METHODS, NEG_QUERIES, PRECISIONS, MoCo
 from .queue import Queue
 from .transform import LEVELS, MIXINGS, FeatureTransform
 from .visualize import ScoreRecorder
 
-# %% ../nbs/08_train.ipynb #7eee90cb
+# %% ../nbs/08_train.ipynb #4de2112d
 ORDER, VIEWS, MIX, WEIGHTS, QUEUE, HOLDOUT = range(6)  # what a run draws random numbers for
 
-# %% ../nbs/08_train.ipynb #4ed64fc8
+# %% ../nbs/08_train.ipynb #78cad64a
 def seeded(
     generator: torch.Generator,
     *numbers: int,  # Seed of the run, purpose, step or epoch
@@ -42,7 +42,7 @@ def seeded(
     for n in numbers: state = (state * 1_000_003 + n + 1) % 2**63
     return generator.manual_seed(state)
 
-# %% ../nbs/08_train.ipynb #be1aaa09
+# %% ../nbs/08_train.ipynb #b2535fc4
 def cosine_lr(
     lr: float,  # At step 0
     step: int,
@@ -51,7 +51,7 @@ def cosine_lr(
     "Learning rate of a step: half a cosine from `lr` to 0"
     return lr * .5 * (1 + math.cos(math.pi * step / steps))
 
-# %% ../nbs/08_train.ipynb #bf164f6e
+# %% ../nbs/08_train.ipynb #02436c72
 def held_out(
     data: ImageSet,
     n: int,  # Images to hold out, fewer than there are
@@ -61,7 +61,7 @@ def held_out(
     order = torch.randperm(len(data), generator=seeded(torch.Generator(), 0, HOLDOUT))
     return data[order[n:]], data[order[:n]]
 
-# %% ../nbs/08_train.ipynb #cb81010d
+# %% ../nbs/08_train.ipynb #c81b2e6c
 def images(
     p: dict,  # Parameters of `pretrain`
 ) -> tuple[ImageSet, ImageSet]:
@@ -73,10 +73,10 @@ def images(
         raise InputError(f"batch_size is {p['batch_size']}, but {p['dataset']!r} leaves {len(train)} images to train on.")
     return train, test
 
-# %% ../nbs/08_train.ipynb #2132e631
+# %% ../nbs/08_train.ipynb #d9bf9935
 KINDS = {bool: "True or False", int: "a whole number", float: "a number, as 0.001 or 1.0e-3", str: "text"}
 
-# %% ../nbs/08_train.ipynb #ff4c2be1
+# %% ../nbs/08_train.ipynb #4a3d7dfd
 def check_types(
     given: dict,  # name: value
     known: dict,  # name: default
@@ -88,25 +88,25 @@ def check_types(
         if got is not want and not (want is float and got is int):
             raise InputError(f"{name} is {value!r}, but must be {KINDS[want]}.")
 
-# %% ../nbs/08_train.ipynb #e6becbba
+# %% ../nbs/08_train.ipynb #61ca2455
 def defaults(
     f,  # A function
 ) -> dict:  # name: default
     "The parameters of a function"
     return {n: o.default for n, o in inspect.signature(f).parameters.items()}
 
-# %% ../nbs/08_train.ipynb #f2e141a3
+# %% ../nbs/08_train.ipynb #61aefd11
 RANGES = dict(  # least and greatest value
     epochs=(1, None), batch_size=(2, None), lr=(0, None), weight_decay=(0, None), momentum=(0, 1), tau=(1e-6, None),
     tau_pos=(0, None), queue_size=(1, None), dim=(1, None), bn_splits=(1, None), alpha=(1e-6, None), alpha_neg=(1e-6, None),
     strength=(1e-6, None), start_epoch=(0, None), n_images=(0, None), holdout=(0, None), knn_every=(0, None),
     record_every=(1, None), checkpoint_every=(0, None), stop_after=(0, None), seed=(0, 2**31))
 
-# %% ../nbs/08_train.ipynb #a76cbd77
-CHOICES = dict(mixing=MIXINGS, level=LEVELS, encoder=ENCODERS, stem=["small", "imagenet"], method=METHODS, augmentation=["", *AUGMENTATIONS],
-               neg_query=["transformed", "original"], precision=["bf16", "fp32"])
+# %% ../nbs/08_train.ipynb #9c7ce298
+CHOICES = dict(mixing=MIXINGS, level=LEVELS, encoder=ENCODERS, stem=STEMS, method=METHODS, augmentation=["", *AUGMENTATIONS],
+               neg_query=NEG_QUERIES, precision=PRECISIONS)
 
-# %% ../nbs/08_train.ipynb #0c5e220d
+# %% ../nbs/08_train.ipynb #53526106
 def check_values(
     p: dict,  # Parameters of `pretrain`
 ):
@@ -123,7 +123,7 @@ def check_values(
     if p["batch_size"] % p["bn_splits"]:
         raise InputError(f"bn_splits is {p['bn_splits']}, but must divide batch_size, {p['batch_size']}.")
 
-# %% ../nbs/08_train.ipynb #6dbb3029
+# %% ../nbs/08_train.ipynb #2888b2ca
 @dataclass
 class State:
     "Everything that decides a run's next step, and what it has recorded so far"
@@ -136,7 +136,7 @@ class State:
     losses: list = field(default_factory=list)  # of the epoch under way
     seconds: float = 0.  # spent on training steps
 
-# %% ../nbs/08_train.ipynb #e18cb43e
+# %% ../nbs/08_train.ipynb #1e4eac9d
 def build(
     p: dict,  # Parameters of `pretrain`
     generator: torch.Generator,  # Of the transformation
@@ -152,7 +152,7 @@ def build(
     return MoCo(encoder, queue, transform, p["momentum"], p["tau"], p["tau_pos"] or None, p["symmetric"], p["neg_query"],
                 p["precision"])
 
-# %% ../nbs/08_train.ipynb #c1a6f521
+# %% ../nbs/08_train.ipynb #9ae866f4
 def begin(
     p: dict,  # Parameters of `pretrain`
 ) -> tuple[State, Accelerator]:
@@ -164,7 +164,7 @@ def begin(
     optimizer = torch.optim.SGD(method.encoder.parameters(), p["lr"], momentum=.9, weight_decay=p["weight_decay"])
     return State(p, *accelerator.prepare(method, optimizer), ScoreRecorder()), accelerator
 
-# %% ../nbs/08_train.ipynb #6433c550
+# %% ../nbs/08_train.ipynb #71afee67
 def train_step(
     s: State,
     v1: torch.Tensor, v2: torch.Tensor,  # (B, 3, H, W) two views
@@ -186,7 +186,7 @@ def train_step(
         s.recorder.record(s.step, out.pos, out.neg, out.before or (out.pos, out.neg), loss=out.loss, lr=lr, **l)
     s.step += 1
 
-# %% ../nbs/08_train.ipynb #9d9f1de0
+# %% ../nbs/08_train.ipynb #3f5d184d
 def check_finite(s: State):
     "Raise `InputError` if the epoch under way met a loss that is not a number"
     bad = (~torch.stack(s.losses).isfinite()).nonzero()
@@ -194,7 +194,7 @@ def check_finite(s: State):
         raise InputError(f"the loss is {s.losses[int(bad[0])].item()} at step {s.step - len(s.losses) + int(bad[0])}: training "
                          f"diverged. Lower lr (now {s.params['lr']}) or raise tau (now {s.params['tau']}).")
 
-# %% ../nbs/08_train.ipynb #040291d5
+# %% ../nbs/08_train.ipynb #51e136a4
 @contextmanager
 def stop_signal():
     "A list that fills when the run is interrupted, so that the step at hand ends well"
@@ -205,7 +205,7 @@ def stop_signal():
     finally:
         for n, handler in old.items(): signal.signal(n, handler)
 
-# %% ../nbs/08_train.ipynb #2b2c54e7
+# %% ../nbs/08_train.ipynb #51976fbf
 def halted(
     s: State,
     stopped: list,  # From `stop_signal`
@@ -213,7 +213,7 @@ def halted(
     "Whether the run was told to stop here, by a signal or by `stop_after`"
     return bool(stopped) or 0 < s.params["stop_after"] <= s.step
 
-# %% ../nbs/08_train.ipynb #451c5c6a
+# %% ../nbs/08_train.ipynb #c77925a9
 def train_epoch(
     s: State,
     train: ImageSet,  # On the device of the method
@@ -237,7 +237,7 @@ def train_epoch(
         if halted(s, stopped): break
     check_finite(s)
 
-# %% ../nbs/08_train.ipynb #71a98eff
+# %% ../nbs/08_train.ipynb #907aadf9
 def end_epoch(
     s: State,
     train: ImageSet, test: ImageSet,
@@ -251,11 +251,11 @@ def end_epoch(
     s.epochs.append(row); s.losses = []
     bar.set_postfix({k: f"{v:.4g}" for k, v in row.items()})
 
-# %% ../nbs/08_train.ipynb #5011470a
+# %% ../nbs/08_train.ipynb #5f56e0ea
 CHECKPOINT = {"format": "ftcl-checkpoint", "schema": "1"}
 FREE = ["out", "name", "resume", "progress", "stop_after", "checkpoint_every"]  # may differ when a run is resumed
 
-# %% ../nbs/08_train.ipynb #dab0e931
+# %% ../nbs/08_train.ipynb #9ad9765c
 def save_checkpoint(
     s: State,
     path: Path,  # Ends in `.safetensors`
@@ -271,7 +271,7 @@ def save_checkpoint(
         os.replace(part, path)
     except OSError as e: raise InputError(f"the checkpoint {path} cannot be written: {e.strerror or e}.") from None
 
-# %% ../nbs/08_train.ipynb #b0e52514
+# %% ../nbs/08_train.ipynb #201db0d7
 def read_checkpoint(
     path: str,  # Ends in `.safetensors`
 ) -> tuple[dict, dict]:  # Tensors, note
@@ -285,7 +285,7 @@ def read_checkpoint(
         raise InputError(f"{path} is not a checkpoint of ftcl, schema {CHECKPOINT['schema']}: it was written by something else.")
     return tensors, json.loads(meta["state"])
 
-# %% ../nbs/08_train.ipynb #df7d7c1f
+# %% ../nbs/08_train.ipynb #17200713
 def load_checkpoint(
     s: State,  # Filled in place
     path: Path,
@@ -304,7 +304,7 @@ def load_checkpoint(
     s.losses = list(tensors["losses"].to(device))
     s.step, s.epochs, s.seconds = note["step"], note["epochs"], note["seconds"]
 
-# %% ../nbs/08_train.ipynb #407726c0
+# %% ../nbs/08_train.ipynb #d25910d9
 def load_encoder(
     path: str,  # A checkpoint
 ) -> tuple[Encoder, dict]:  # In evaluation mode; the parameters of its run
@@ -314,14 +314,14 @@ def load_encoder(
     encoder.load_state_dict({k[15:]: t for k, t in tensors.items() if k.startswith("method.encoder.")})
     return encoder.eval(), p
 
-# %% ../nbs/08_train.ipynb #ec8b23a1
+# %% ../nbs/08_train.ipynb #5237aa82
 def git_revision() -> str:
     "The commit of this package, `+` if the package was changed since; empty outside a repository"
     git = lambda *a: subprocess.run(["git", "-C", str(Path(inspect.getfile(load)).parent), *a], capture_output=True, text=True).stdout.strip()
     try: return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
     except OSError: return ""
 
-# %% ../nbs/08_train.ipynb #d166233d
+# %% ../nbs/08_train.ipynb #a6e601f2
 def device_name(
     device: torch.device,
 ) -> str:
@@ -331,7 +331,7 @@ def device_name(
     except (OSError, StopIteration): model = platform.processor() or platform.machine()
     return f"{model} CPU, {torch.get_num_threads()} thread" + "s" * (torch.get_num_threads() > 1)
 
-# %% ../nbs/08_train.ipynb #59f631b2
+# %% ../nbs/08_train.ipynb #76de8ac5
 def provenance(
     device: torch.device,
 ) -> dict:
@@ -339,7 +339,7 @@ def provenance(
     return dict(device=device_name(device), git_revision=git_revision(),
                 versions={o: version(o) for o in ("torch", "torchvision", "accelerate")} | {"python": platform.python_version()})
 
-# %% ../nbs/08_train.ipynb #59ecf1a0
+# %% ../nbs/08_train.ipynb #b68fe208
 SCHEMA = 1  # of a record
 def describe(
     s: State, train: ImageSet, test: ImageSet,
@@ -352,7 +352,7 @@ def describe(
         steps=s.step, epochs=s.epochs, seconds=round(s.seconds, 2), images_per_second=round(s.step * p["batch_size"] / s.seconds, 1),
         **provenance(s.method.queue.keys.device))
 
-# %% ../nbs/08_train.ipynb #2ed49aa8
+# %% ../nbs/08_train.ipynb #f3404a30
 def write_record(
     record: dict,
     path: Path,  # Ends in `.json`
@@ -364,7 +364,7 @@ def write_record(
         os.replace(part, path)
     except OSError as e: raise InputError(f"the record {path} cannot be written: {e.strerror}.") from None
 
-# %% ../nbs/08_train.ipynb #6c5e0222
+# %% ../nbs/08_train.ipynb #05b6e298
 def read_record(
     path: str,  # The `.json` of a run
 ) -> dict:
@@ -375,7 +375,7 @@ def read_record(
         raise InputError(f"{path} is not a record of schema {SCHEMA}: make it anew by running its notebook.")
     return record
 
-# %% ../nbs/08_train.ipynb #a7cb62d2
+# %% ../nbs/08_train.ipynb #8ba48965
 def finished(
     p: dict,  # Parameters of `pretrain`
     path: Path,  # Ends in `.json`
@@ -385,7 +385,7 @@ def finished(
     record = read_record(path)
     return record if record["parameters"] == {k: v for k, v in p.items() if k not in FREE} else None
 
-# %% ../nbs/08_train.ipynb #82da50f9
+# %% ../nbs/08_train.ipynb #d5ffe3f9
 def writable(
     out: str,  # A folder, made if missing
     name: str,
@@ -398,7 +398,7 @@ def writable(
         raise InputError(f"the output folder {out!r} cannot be written to ({e.strerror}): give another one as `out`.") from None
     return Path(out) / f"{name}.json"
 
-# %% ../nbs/08_train.ipynb #b42c6d57
+# %% ../nbs/08_train.ipynb #3da039de
 def train_to_end(
     s: State, train: ImageSet, test: ImageSet,
     accelerator: Accelerator,
@@ -407,7 +407,7 @@ def train_to_end(
     "Epoch after epoch, with checkpoints, until the last step or a stop"
     p = s.params; per_epoch = len(train) // p["batch_size"]; total = p["epochs"] * per_epoch
     generator = torch.Generator(accelerator.device)
-    bar = tqdm(total=total * p["batch_size"], initial=s.step * p["batch_size"], unit="img", unit_scale=True, desc=p["name"],
+    bar = tqdm(total=total * p["batch_size"], initial=s.step * p["batch_size"], unit="img", unit_scale=True, desc=p["name"], mininterval=.5,
                leave=False, disable=not p["progress"])
     with bar, stop_signal() as stopped:
         while s.step < total and not halted(s, stopped):
@@ -418,7 +418,7 @@ def train_to_end(
     if stopped: raise KeyboardInterrupt(f"stopped after step {s.step}; resume=True goes on from {checkpoint}")
     return s.step == total
 
-# %% ../nbs/08_train.ipynb #1efe7116
+# %% ../nbs/08_train.ipynb #e872e185
 def check(
     p: dict,  # Parameters of `pretrain`, all or some
 ):
@@ -426,7 +426,7 @@ def check(
     check_types(p, defaults(pretrain))
     check_values(defaults(pretrain) | p)
 
-# %% ../nbs/08_train.ipynb #bfe8c4ad
+# %% ../nbs/08_train.ipynb #e571c574
 def pretrain(
     dataset: str = "shapes",  # `shapes`, a folder, or a Hugging Face id
     n_images: int = 0,  # Train on the first n images; 0: all
@@ -443,7 +443,7 @@ def pretrain(
     weight_decay: float = 5e-4,
     momentum: float = .99,  # m of the key encoder
     tau: float = .1,  # Temperature
-    tau_pos: float = 0.,  # Temperature of the positive alone; 0: tau
+    tau_pos: float = 0.,  # Temperature of the positive alone, as in `info_nce`; 0: tau
     queue_size: int = 1024,  # K
     dim: int = 128,  # D
     mixing: str = "none",  # none, pos, neg, posneg
@@ -482,7 +482,7 @@ def pretrain(
     write_record(record, path)
     return record
 
-# %% ../nbs/08_train.ipynb #288975e7
+# %% ../nbs/08_train.ipynb #d97c7bd5
 def evaluate_checkpoint(
     checkpoint: str,  # What `pretrain` wrote, ends in `.safetensors`
     dataset: str = "",  # `shapes`, a folder, or a Hugging Face id; empty: what the encoder was pretrained on
@@ -509,7 +509,7 @@ def evaluate_checkpoint(
     write_record(record, path)
     return record
 
-# %% ../nbs/08_train.ipynb #9d1276a0
+# %% ../nbs/08_train.ipynb #591e7a3a
 def check_parameters(
     given: dict,  # `globals()` of a notebook that has assigned nothing but parameters
     *functions,  # What takes the parameters
@@ -521,10 +521,10 @@ def check_parameters(
     check_types(given, known)
     return given
 
-# %% ../nbs/08_train.ipynb #ad8da087
+# %% ../nbs/08_train.ipynb #6532cede
 TRANSFORMATION = ["mixing", "level", "alpha", "alpha_neg", "strength", "start_epoch", "renormalize", "detach_key", "neg_query", "tau_pos"]
 
-# %% ../nbs/08_train.ipynb #a7944997
+# %% ../nbs/08_train.ipynb #56c3d369
 def arms(
     p: dict,  # Parameters of `pretrain`
 ) -> dict:  # Name of the arm: its parameters; the untransformed one first
