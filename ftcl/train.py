@@ -10,7 +10,7 @@ __all__ = ['ORDER', 'VIEWS', 'MIX', 'WEIGHTS', 'QUEUE', 'HOLDOUT', 'KINDS', 'RAN
            'provenance', 'describe', 'write_record', 'read_record', 'finished', 'writable', 'train_to_end', 'check',
            'pretrain', 'evaluate_checkpoint', 'check_parameters', 'arms']
 
-# %% ../nbs/08_train.ipynb #b1ec27cb
+# %% ../nbs/08_train.ipynb #53f048ee
 import inspect, json, math, os, platform, signal, subprocess, tempfile, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,10 +29,10 @@ from .queue import Queue
 from .transform import LEVELS, MIXINGS, FeatureTransform
 from .visualize import ScoreRecorder
 
-# %% ../nbs/08_train.ipynb #4de2112d
+# %% ../nbs/08_train.ipynb #bdf8a9ab
 ORDER, VIEWS, MIX, WEIGHTS, QUEUE, HOLDOUT = range(6)  # what a run draws random numbers for
 
-# %% ../nbs/08_train.ipynb #78cad64a
+# %% ../nbs/08_train.ipynb #322c9fdf
 def seeded(
     generator: torch.Generator,
     *numbers: int,  # Seed of the run, purpose, step or epoch
@@ -42,7 +42,7 @@ def seeded(
     for n in numbers: state = (state * 1_000_003 + n + 1) % 2**63
     return generator.manual_seed(state)
 
-# %% ../nbs/08_train.ipynb #b2535fc4
+# %% ../nbs/08_train.ipynb #b6863a19
 def cosine_lr(
     lr: float,  # At step 0
     step: int,
@@ -51,7 +51,7 @@ def cosine_lr(
     "Learning rate of a step: half a cosine from `lr` to 0"
     return lr * .5 * (1 + math.cos(math.pi * step / steps))
 
-# %% ../nbs/08_train.ipynb #02436c72
+# %% ../nbs/08_train.ipynb #aa6aeab3
 def held_out(
     data: ImageSet,
     n: int,  # Images to hold out, fewer than there are
@@ -61,7 +61,7 @@ def held_out(
     order = torch.randperm(len(data), generator=seeded(torch.Generator(), 0, HOLDOUT))
     return data[order[n:]], data[order[:n]]
 
-# %% ../nbs/08_train.ipynb #c81b2e6c
+# %% ../nbs/08_train.ipynb #2a3acd62
 def images(
     p: dict,  # Parameters of `pretrain`
 ) -> tuple[ImageSet, ImageSet]:
@@ -73,10 +73,10 @@ def images(
         raise InputError(f"batch_size is {p['batch_size']}, but {p['dataset']!r} leaves {len(train)} images to train on.")
     return train, test
 
-# %% ../nbs/08_train.ipynb #d9bf9935
+# %% ../nbs/08_train.ipynb #c0fdd5fe
 KINDS = {bool: "True or False", int: "a whole number", float: "a number, as 0.001 or 1.0e-3", str: "text"}
 
-# %% ../nbs/08_train.ipynb #4a3d7dfd
+# %% ../nbs/08_train.ipynb #ec7c1975
 def check_types(
     given: dict,  # name: value
     known: dict,  # name: default
@@ -88,25 +88,23 @@ def check_types(
         if got is not want and not (want is float and got is int):
             raise InputError(f"{name} is {value!r}, but must be {KINDS[want]}.")
 
-# %% ../nbs/08_train.ipynb #61ca2455
+# %% ../nbs/08_train.ipynb #d9f76f1c
 def defaults(
     f,  # A function
 ) -> dict:  # name: default
     "The parameters of a function"
     return {n: o.default for n, o in inspect.signature(f).parameters.items()}
 
-# %% ../nbs/08_train.ipynb #61aefd11
+# %% ../nbs/08_train.ipynb #7f50b5d5
 RANGES = dict(  # least and greatest value
     epochs=(1, None), batch_size=(2, None), lr=(0, None), weight_decay=(0, None), momentum=(0, 1), tau=(1e-6, None),
     tau_pos=(0, None), queue_size=(1, None), dim=(1, None), bn_splits=(1, None), alpha=(1e-6, None), alpha_neg=(1e-6, None),
     strength=(1e-6, None), start_epoch=(0, None), n_images=(0, None), holdout=(0, None), knn_every=(0, None),
     record_every=(1, None), checkpoint_every=(0, None), stop_after=(0, None), seed=(0, 2**31))
-
-# %% ../nbs/08_train.ipynb #9c7ce298
 CHOICES = dict(mixing=MIXINGS, level=LEVELS, encoder=ENCODERS, stem=STEMS, method=METHODS, augmentation=["", *AUGMENTATIONS],
                neg_query=NEG_QUERIES, precision=PRECISIONS)
 
-# %% ../nbs/08_train.ipynb #53526106
+# %% ../nbs/08_train.ipynb #36861a01
 def check_values(
     p: dict,  # Parameters of `pretrain`
 ):
@@ -123,7 +121,7 @@ def check_values(
     if p["batch_size"] % p["bn_splits"]:
         raise InputError(f"bn_splits is {p['bn_splits']}, but must divide batch_size, {p['batch_size']}.")
 
-# %% ../nbs/08_train.ipynb #2888b2ca
+# %% ../nbs/08_train.ipynb #ff999575
 @dataclass
 class State:
     "Everything that decides a run's next step, and what it has recorded so far"
@@ -136,7 +134,7 @@ class State:
     losses: list = field(default_factory=list)  # of the epoch under way
     seconds: float = 0.  # spent on training steps
 
-# %% ../nbs/08_train.ipynb #1e4eac9d
+# %% ../nbs/08_train.ipynb #9b51cc7d
 def build(
     p: dict,  # Parameters of `pretrain`
     generator: torch.Generator,  # Of the transformation
@@ -152,7 +150,7 @@ def build(
     return MoCo(encoder, queue, transform, p["momentum"], p["tau"], p["tau_pos"] or None, p["symmetric"], p["neg_query"],
                 p["precision"])
 
-# %% ../nbs/08_train.ipynb #9ae866f4
+# %% ../nbs/08_train.ipynb #609f9707
 def begin(
     p: dict,  # Parameters of `pretrain`
 ) -> tuple[State, Accelerator]:
@@ -164,7 +162,7 @@ def begin(
     optimizer = torch.optim.SGD(method.encoder.parameters(), p["lr"], momentum=.9, weight_decay=p["weight_decay"])
     return State(p, *accelerator.prepare(method, optimizer), ScoreRecorder()), accelerator
 
-# %% ../nbs/08_train.ipynb #71afee67
+# %% ../nbs/08_train.ipynb #ac866321
 def train_step(
     s: State,
     v1: torch.Tensor, v2: torch.Tensor,  # (B, 3, H, W) two views
@@ -186,7 +184,7 @@ def train_step(
         s.recorder.record(s.step, out.pos, out.neg, out.before or (out.pos, out.neg), loss=out.loss, lr=lr, **l)
     s.step += 1
 
-# %% ../nbs/08_train.ipynb #3f5d184d
+# %% ../nbs/08_train.ipynb #4e974381
 def check_finite(s: State):
     "Raise `InputError` if the epoch under way met a loss that is not a number"
     bad = (~torch.stack(s.losses).isfinite()).nonzero()
@@ -194,7 +192,7 @@ def check_finite(s: State):
         raise InputError(f"the loss is {s.losses[int(bad[0])].item()} at step {s.step - len(s.losses) + int(bad[0])}: training "
                          f"diverged. Lower lr (now {s.params['lr']}) or raise tau (now {s.params['tau']}).")
 
-# %% ../nbs/08_train.ipynb #51e136a4
+# %% ../nbs/08_train.ipynb #880a14de
 @contextmanager
 def stop_signal():
     "A list that fills when the run is interrupted, so that the step at hand ends well"
@@ -205,7 +203,7 @@ def stop_signal():
     finally:
         for n, handler in old.items(): signal.signal(n, handler)
 
-# %% ../nbs/08_train.ipynb #51976fbf
+# %% ../nbs/08_train.ipynb #ba12fe9e
 def halted(
     s: State,
     stopped: list,  # From `stop_signal`
@@ -213,7 +211,7 @@ def halted(
     "Whether the run was told to stop here, by a signal or by `stop_after`"
     return bool(stopped) or 0 < s.params["stop_after"] <= s.step
 
-# %% ../nbs/08_train.ipynb #c77925a9
+# %% ../nbs/08_train.ipynb #f3225a4d
 def train_epoch(
     s: State,
     train: ImageSet,  # On the device of the method
@@ -237,7 +235,7 @@ def train_epoch(
         if halted(s, stopped): break
     check_finite(s)
 
-# %% ../nbs/08_train.ipynb #907aadf9
+# %% ../nbs/08_train.ipynb #31756b0e
 def end_epoch(
     s: State,
     train: ImageSet, test: ImageSet,
@@ -251,11 +249,11 @@ def end_epoch(
     s.epochs.append(row); s.losses = []
     bar.set_postfix({k: f"{v:.4g}" for k, v in row.items()})
 
-# %% ../nbs/08_train.ipynb #5f56e0ea
+# %% ../nbs/08_train.ipynb #4c6c5939
 CHECKPOINT = {"format": "ftcl-checkpoint", "schema": "1"}
 FREE = ["out", "name", "resume", "progress", "stop_after", "checkpoint_every"]  # may differ when a run is resumed
 
-# %% ../nbs/08_train.ipynb #9ad9765c
+# %% ../nbs/08_train.ipynb #b755a0af
 def save_checkpoint(
     s: State,
     path: Path,  # Ends in `.safetensors`
@@ -271,7 +269,7 @@ def save_checkpoint(
         os.replace(part, path)
     except OSError as e: raise InputError(f"the checkpoint {path} cannot be written: {e.strerror or e}.") from None
 
-# %% ../nbs/08_train.ipynb #201db0d7
+# %% ../nbs/08_train.ipynb #d8794842
 def read_checkpoint(
     path: str,  # Ends in `.safetensors`
 ) -> tuple[dict, dict]:  # Tensors, note
@@ -285,7 +283,7 @@ def read_checkpoint(
         raise InputError(f"{path} is not a checkpoint of ftcl, schema {CHECKPOINT['schema']}: it was written by something else.")
     return tensors, json.loads(meta["state"])
 
-# %% ../nbs/08_train.ipynb #17200713
+# %% ../nbs/08_train.ipynb #382dc1c1
 def load_checkpoint(
     s: State,  # Filled in place
     path: Path,
@@ -304,7 +302,7 @@ def load_checkpoint(
     s.losses = list(tensors["losses"].to(device))
     s.step, s.epochs, s.seconds = note["step"], note["epochs"], note["seconds"]
 
-# %% ../nbs/08_train.ipynb #d25910d9
+# %% ../nbs/08_train.ipynb #2c12d464
 def load_encoder(
     path: str,  # A checkpoint
 ) -> tuple[Encoder, dict]:  # In evaluation mode; the parameters of its run
@@ -314,14 +312,14 @@ def load_encoder(
     encoder.load_state_dict({k[15:]: t for k, t in tensors.items() if k.startswith("method.encoder.")})
     return encoder.eval(), p
 
-# %% ../nbs/08_train.ipynb #5237aa82
+# %% ../nbs/08_train.ipynb #5a2ab2b4
 def git_revision() -> str:
     "The commit of this package, `+` if the package was changed since; empty outside a repository"
     git = lambda *a: subprocess.run(["git", "-C", str(Path(inspect.getfile(load)).parent), *a], capture_output=True, text=True).stdout.strip()
     try: return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
     except OSError: return ""
 
-# %% ../nbs/08_train.ipynb #a6e601f2
+# %% ../nbs/08_train.ipynb #12ad45d3
 def device_name(
     device: torch.device,
 ) -> str:
@@ -331,7 +329,7 @@ def device_name(
     except (OSError, StopIteration): model = platform.processor() or platform.machine()
     return f"{model} CPU, {torch.get_num_threads()} thread" + "s" * (torch.get_num_threads() > 1)
 
-# %% ../nbs/08_train.ipynb #76de8ac5
+# %% ../nbs/08_train.ipynb #5eee8599
 def provenance(
     device: torch.device,
 ) -> dict:
@@ -339,7 +337,7 @@ def provenance(
     return dict(device=device_name(device), git_revision=git_revision(),
                 versions={o: version(o) for o in ("torch", "torchvision", "accelerate")} | {"python": platform.python_version()})
 
-# %% ../nbs/08_train.ipynb #b68fe208
+# %% ../nbs/08_train.ipynb #32307c7e
 SCHEMA = 1  # of a record
 def describe(
     s: State, train: ImageSet, test: ImageSet,
@@ -352,7 +350,7 @@ def describe(
         steps=s.step, epochs=s.epochs, seconds=round(s.seconds, 2), images_per_second=round(s.step * p["batch_size"] / s.seconds, 1),
         **provenance(s.method.queue.keys.device))
 
-# %% ../nbs/08_train.ipynb #f3404a30
+# %% ../nbs/08_train.ipynb #98305ae9
 def write_record(
     record: dict,
     path: Path,  # Ends in `.json`
@@ -364,7 +362,7 @@ def write_record(
         os.replace(part, path)
     except OSError as e: raise InputError(f"the record {path} cannot be written: {e.strerror}.") from None
 
-# %% ../nbs/08_train.ipynb #05b6e298
+# %% ../nbs/08_train.ipynb #90547a6c
 def read_record(
     path: str,  # The `.json` of a run
 ) -> dict:
@@ -375,7 +373,7 @@ def read_record(
         raise InputError(f"{path} is not a record of schema {SCHEMA}: make it anew by running its notebook.")
     return record
 
-# %% ../nbs/08_train.ipynb #8ba48965
+# %% ../nbs/08_train.ipynb #b638217a
 def finished(
     p: dict,  # Parameters of `pretrain`
     path: Path,  # Ends in `.json`
@@ -385,7 +383,7 @@ def finished(
     record = read_record(path)
     return record if record["parameters"] == {k: v for k, v in p.items() if k not in FREE} else None
 
-# %% ../nbs/08_train.ipynb #d5ffe3f9
+# %% ../nbs/08_train.ipynb #86f0fee9
 def writable(
     out: str,  # A folder, made if missing
     name: str,
@@ -398,7 +396,7 @@ def writable(
         raise InputError(f"the output folder {out!r} cannot be written to ({e.strerror}): give another one as `out`.") from None
     return Path(out) / f"{name}.json"
 
-# %% ../nbs/08_train.ipynb #3da039de
+# %% ../nbs/08_train.ipynb #ddcf6c1d
 def train_to_end(
     s: State, train: ImageSet, test: ImageSet,
     accelerator: Accelerator,
@@ -418,7 +416,7 @@ def train_to_end(
     if stopped: raise KeyboardInterrupt(f"stopped after step {s.step}; resume=True goes on from {checkpoint}")
     return s.step == total
 
-# %% ../nbs/08_train.ipynb #e872e185
+# %% ../nbs/08_train.ipynb #f84917b3
 def check(
     p: dict,  # Parameters of `pretrain`, all or some
 ):
@@ -426,7 +424,7 @@ def check(
     check_types(p, defaults(pretrain))
     check_values(defaults(pretrain) | p)
 
-# %% ../nbs/08_train.ipynb #e571c574
+# %% ../nbs/08_train.ipynb #c3dd16a2
 def pretrain(
     dataset: str = "shapes",  # `shapes`, a folder, or a Hugging Face id
     n_images: int = 0,  # Train on the first n images; 0: all
@@ -482,7 +480,7 @@ def pretrain(
     write_record(record, path)
     return record
 
-# %% ../nbs/08_train.ipynb #d97c7bd5
+# %% ../nbs/08_train.ipynb #b7157b2e
 def evaluate_checkpoint(
     checkpoint: str,  # What `pretrain` wrote, ends in `.safetensors`
     dataset: str = "",  # `shapes`, a folder, or a Hugging Face id; empty: what the encoder was pretrained on
@@ -509,7 +507,7 @@ def evaluate_checkpoint(
     write_record(record, path)
     return record
 
-# %% ../nbs/08_train.ipynb #591e7a3a
+# %% ../nbs/08_train.ipynb #dfcb1a4e
 def check_parameters(
     given: dict,  # `globals()` of a notebook that has assigned nothing but parameters
     *functions,  # What takes the parameters
@@ -521,10 +519,10 @@ def check_parameters(
     check_types(given, known)
     return given
 
-# %% ../nbs/08_train.ipynb #6532cede
+# %% ../nbs/08_train.ipynb #62b6c076
 TRANSFORMATION = ["mixing", "level", "alpha", "alpha_neg", "strength", "start_epoch", "renormalize", "detach_key", "neg_query", "tau_pos"]
 
-# %% ../nbs/08_train.ipynb #56c3d369
+# %% ../nbs/08_train.ipynb #53dc8857
 def arms(
     p: dict,  # Parameters of `pretrain`
 ) -> dict:  # Name of the arm: its parameters; the untransformed one first
