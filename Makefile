@@ -5,6 +5,8 @@ README ?= README
 BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
 
+SHELL        := /bin/bash
+.SHELLFLAGS  := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help env ablation test clean readme lab
 
@@ -22,7 +24,8 @@ env: $(READY) ## create .venv and install ftcl into it
 ablation: $(READY) ## the main job on the built-in shapes: none against posneg
 	mkdir -p runs
 	$(BIN)/papermill --no-progress-bar --stderr-file /dev/stderr nbs/ablation.ipynb runs/ablation.ipynb
-	@echo "Open runs/ablation.ipynb, or see runs/ablation/ for its table, picture and records."
+	@cat runs/ablation/*.csv
+	@echo "Open runs/ablation.ipynb (make lab) for the curves; records and scores are in runs/ablation/."
 
 test: $(READY) ## every notebook, then tests/
 	$(BIN)/nbdev_test --n_workers 2 --do_print

@@ -127,6 +127,7 @@ def _decode(
 ) -> np.ndarray:  # (H, W, 3) uint8
     "One image as RGB; greyscale, palette and CMYK images are converted"
     from PIL import Image, ImageOps
+    if item is None: raise InputError(f"{what} is missing. Remove its row.")
     try: im = Image.open(io.BytesIO(item["bytes"]) if item["bytes"] else item["path"]).convert("RGB")
     except Exception as e:
         why = str(e).split(" <")[0].split(" '")[0]
@@ -159,7 +160,7 @@ def _open(name, split):
     except InputError: raise
     except Exception as e:
         while e.__cause__: e = e.__cause__
-        raise InputError(f"dataset {name!r} ({source}) cannot be read: {str(e).splitlines()[0]}") from None
+        raise InputError(f"dataset {name!r} ({source}) cannot be read: {(str(e) or type(e).__name__).splitlines()[0]}") from None
 
 # %% ../nbs/00_data.ipynb #62fb04af
 def load(
@@ -181,7 +182,9 @@ def load(
     if len({o.shape for o in x}) > 1:
         raise InputError(f"the images of {name!r} differ in size: give `size`, the side to scale them to.")
     x = torch.from_numpy(np.stack(x)).permute(0, 3, 1, 2).contiguous()  # (N, 3, H, W)
-    return ImageSet(x, torch.tensor(data[label[0]][:]), data.features[label[0]].names)
+    y = data[label[0]][:]
+    if None in y: raise InputError(f"{name}/{split} image {y.index(None)} has no label. Remove its row.")
+    return ImageSet(x, torch.tensor(y), data.features[label[0]].names)
 
 # %% ../nbs/00_data.ipynb #77e473c3
 @dataclass(frozen=True)

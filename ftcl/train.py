@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['ORDER', 'VIEWS', 'MIX', 'WEIGHTS', 'QUEUE', 'HOLDOUT', 'KINDS', 'RANGES', 'CHOICES', 'CHECKPOINT', 'FREE', 'SCHEMA',
            'TRANSFORMATION', 'seeded', 'cosine_lr', 'held_out', 'images', 'check_types', 'defaults', 'check_values',
-           'State', 'build', 'begin', 'train_step', 'check_finite', 'stop_signal', 'halted', 'train_epoch', 'end_epoch',
-           'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'load_encoder', 'git_revision', 'device_name',
-           'provenance', 'describe', 'write_record', 'read_record', 'finished', 'writable', 'train_to_end', 'check',
-           'pretrain', 'evaluate_checkpoint', 'check_parameters', 'arms']
+           'check_fit', 'State', 'build', 'begin', 'train_step', 'check_finite', 'stop_signal', 'halted', 'train_epoch',
+           'end_epoch', 'replacing', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'load_encoder',
+           'git_revision', 'device_name', 'provenance', 'describe', 'write_record', 'read_record', 'finished',
+           'writable', 'train_to_end', 'check', 'pretrain', 'evaluate_checkpoint', 'check_parameters', 'arms']
 
-# %% ../nbs/08_train.ipynb #53f048ee
+# %% ../nbs/08_train.ipynb #2a063510
 import inspect, json, math, os, platform, signal, subprocess, tempfile, threading, time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 from .data import AUGMENTATIONS, ImageSet, InputError, load, nearest, one_of, two_views
@@ -29,10 +29,10 @@ from .queue import Queue
 from .transform import LEVELS, MIXINGS, FeatureTransform
 from .visualize import ScoreRecorder
 
-# %% ../nbs/08_train.ipynb #bdf8a9ab
+# %% ../nbs/08_train.ipynb #c85b6196
 ORDER, VIEWS, MIX, WEIGHTS, QUEUE, HOLDOUT = range(6)  # what a run draws random numbers for
 
-# %% ../nbs/08_train.ipynb #322c9fdf
+# %% ../nbs/08_train.ipynb #a2024b78
 def seeded(
     generator: torch.Generator,
     *numbers: int,  # Seed of the run, purpose, step or epoch
@@ -42,7 +42,7 @@ def seeded(
     for n in numbers: state = (state * 1_000_003 + n + 1) % 2**63
     return generator.manual_seed(state)
 
-# %% ../nbs/08_train.ipynb #b6863a19
+# %% ../nbs/08_train.ipynb #734a2720
 def cosine_lr(
     lr: float,  # At step 0
     step: int,
@@ -51,32 +51,31 @@ def cosine_lr(
     "Learning rate of a step: half a cosine from `lr` to 0"
     return lr * .5 * (1 + math.cos(math.pi * step / steps))
 
-# %% ../nbs/08_train.ipynb #aa6aeab3
+# %% ../nbs/08_train.ipynb #22230132
 def held_out(
     data: ImageSet,
     n: int,  # Images to hold out, fewer than there are
 ) -> tuple[ImageSet, ImageSet]:  # The rest, the held-out
     "Split off `n` images to make choices on, the same for every seed"
-    if n >= len(data): raise InputError(f"holdout is {n}, but must be below the number of training images, {len(data)}.")
+    if n >= len(data): raise InputError(f"holdout is {n}, but must be below the {len(data)} training images.")
     order = torch.randperm(len(data), generator=seeded(torch.Generator(), 0, HOLDOUT))
     return data[order[n:]], data[order[:n]]
 
-# %% ../nbs/08_train.ipynb #2a3acd62
+# %% ../nbs/08_train.ipynb #780aa8f6
 def images(
     p: dict,  # Parameters of `pretrain`
 ) -> tuple[ImageSet, ImageSet]:
     "What to train on, and what to measure on: the test split, or `holdout` images of the training split"
-    train = load(p["dataset"], "train")
-    train, test = held_out(train, p["holdout"]) if p["holdout"] else (train, load(p["dataset"], "test"))
-    if p["n_images"]: train = train[:p["n_images"]]
+    size = p["size"] or None
+    train = load(p["dataset"], "train", size)
+    train, test = held_out(train, p["holdout"]) if p["holdout"] else (train, load(p["dataset"], "test", size))
+    if 0 < p["n_images"] < len(train): _, train = held_out(train, p["n_images"])
     if len(train) < p["batch_size"]:
-        raise InputError(f"batch_size is {p['batch_size']}, but {p['dataset']!r} leaves {len(train)} images to train on.")
+        raise InputError(f"batch_size is {p['batch_size']}, but {p['dataset']!r} leaves {len(train)} images.")
     return train, test
 
-# %% ../nbs/08_train.ipynb #c0fdd5fe
+# %% ../nbs/08_train.ipynb #73f409a8
 KINDS = {bool: "True or False", int: "a whole number", float: "a number, as 0.001 or 1.0e-3", str: "text"}
-
-# %% ../nbs/08_train.ipynb #ec7c1975
 def check_types(
     given: dict,  # name: value
     known: dict,  # name: default
@@ -88,40 +87,51 @@ def check_types(
         if got is not want and not (want is float and got is int):
             raise InputError(f"{name} is {value!r}, but must be {KINDS[want]}.")
 
-# %% ../nbs/08_train.ipynb #d9f76f1c
+# %% ../nbs/08_train.ipynb #22056ed5
 def defaults(
     f,  # A function
-) -> dict:  # name: default
+) -> dict:  # name: default; empty text where there is none
     "The parameters of a function"
-    return {n: o.default for n, o in inspect.signature(f).parameters.items()}
+    return {n: "" if o.default is o.empty else o.default for n, o in inspect.signature(f).parameters.items()}
 
-# %% ../nbs/08_train.ipynb #7f50b5d5
+# %% ../nbs/08_train.ipynb #1fc3c1af
 RANGES = dict(  # least and greatest value
     epochs=(1, None), batch_size=(2, None), lr=(0, None), weight_decay=(0, None), momentum=(0, 1), tau=(1e-6, None),
-    tau_pos=(0, None), queue_size=(1, None), dim=(1, None), bn_splits=(1, None), alpha=(1e-6, None), alpha_neg=(1e-6, None),
-    strength=(1e-6, None), start_epoch=(0, None), n_images=(0, None), holdout=(0, None), knn_every=(0, None),
-    record_every=(1, None), checkpoint_every=(0, None), stop_after=(0, None), seed=(0, 2**31))
-CHOICES = dict(mixing=MIXINGS, level=LEVELS, encoder=ENCODERS, stem=STEMS, method=METHODS, augmentation=["", *AUGMENTATIONS],
-               neg_query=NEG_QUERIES, precision=PRECISIONS)
+    tau_pos=(0, None), queue_size=(1, None), dim=(1, None), bn_splits=(1, None), alpha=(1e-6, None),
+    alpha_neg=(1e-6, None), strength=(1e-6, None), start_epoch=(0, None), n_images=(0, None),
+    holdout=(0, None), knn_every=(0, None), record_every=(1, None), checkpoint_every=(0, None), stop_after=(0, None),
+    seed=(0, 2**31), size=(0, None), seeds=(1, None), k=(1, None), t=(1e-6, None),
+    linear_epochs=(0, None), linear_lr=(0, None))
+CHOICES = dict(mixing=MIXINGS, level=LEVELS, encoder=ENCODERS, stem=STEMS, method=METHODS,
+               augmentation=["", *AUGMENTATIONS], neg_query=NEG_QUERIES, precision=PRECISIONS)
 
-# %% ../nbs/08_train.ipynb #36861a01
+# %% ../nbs/08_train.ipynb #ce7642ac
 def check_values(
-    p: dict,  # Parameters of `pretrain`
+    p: dict,  # Any parameters
 ):
-    "Raise `InputError` for the first value that is not allowed, or for two that do not fit each other"
+    "Raise `InputError` for the first value that is not allowed"
     for name, (low, high) in RANGES.items():
-        if not low <= p[name] <= (high or 1e308):
-            span = f"from {low:g} to {high:g}" if high else f"at least {low:g}"
+        if name in p and not low <= p[name] <= (high or 1e308):
+            span = f"from {low} to {high}" if high else f"at least {low} and finite"
             raise InputError(f"{name} is {p[name]}, but must be {span}.")
-    for name, allowed in CHOICES.items(): one_of(name, p[name], allowed)
+    for name, allowed in CHOICES.items():
+        if name in p: one_of(name, p[name], allowed)
+
+# %% ../nbs/08_train.ipynb #3a29d378
+def check_fit(
+    p: dict,  # All parameters of `pretrain`
+):
+    "Raise `InputError` for the first value that does not fit another one"
     if p["queue_size"] < p["batch_size"]:
         raise InputError(f"queue_size is {p['queue_size']}, but must be at least the batch_size, {p['batch_size']}.")
     if p["start_epoch"] >= p["epochs"]:
-        raise InputError(f"start_epoch is {p['start_epoch']}, but must be below epochs, {p['epochs']}: epochs count from 0.")
+        raise InputError(f"start_epoch is {p['start_epoch']}, but must be below epochs, {p['epochs']}.")
     if p["batch_size"] % p["bn_splits"]:
         raise InputError(f"bn_splits is {p['bn_splits']}, but must divide batch_size, {p['batch_size']}.")
+    if not p["name"] or Path(p["name"]).name != p["name"]:
+        raise InputError(f"name is {p['name']!r}, but must be a file name; folders go into `out`.")
 
-# %% ../nbs/08_train.ipynb #ff999575
+# %% ../nbs/08_train.ipynb #98814b87
 @dataclass
 class State:
     "Everything that decides a run's next step, and what it has recorded so far"
@@ -132,9 +142,10 @@ class State:
     step: int = 0  # steps done
     epochs: list = field(default_factory=list)  # one dict per finished epoch
     losses: list = field(default_factory=list)  # of the epoch under way
-    seconds: float = 0.  # spent on training steps
+    seconds: float = 0.  # spent on training
+    n_train: int = 0  # images
 
-# %% ../nbs/08_train.ipynb #9b51cc7d
+# %% ../nbs/08_train.ipynb #5c605175
 def build(
     p: dict,  # Parameters of `pretrain`
     generator: torch.Generator,  # Of the transformation
@@ -147,22 +158,22 @@ def build(
     queue = Queue(p["queue_size"], p["dim"], seeded(torch.Generator(), p["seed"], QUEUE))
     transform = FeatureTransform(p["mixing"], p["level"], p["alpha"], p["alpha_neg"], p["renormalize"], p["strength"],
                                  p["detach_key"], generator)
-    return MoCo(encoder, queue, transform, p["momentum"], p["tau"], p["tau_pos"] or None, p["symmetric"], p["neg_query"],
-                p["precision"])
+    return MoCo(encoder, queue, transform, p["momentum"], p["tau"], p["tau_pos"] or None, p["symmetric"],
+                p["neg_query"], p["precision"])
 
-# %% ../nbs/08_train.ipynb #609f9707
+# %% ../nbs/08_train.ipynb #020e4104
 def begin(
     p: dict,  # Parameters of `pretrain`
 ) -> tuple[State, Accelerator]:
     "A run before its first step"
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")  # the method casts by itself
     if accelerator.num_processes > 1:
         raise InputError(f"{accelerator.num_processes} processes were launched, but pretrain runs in one.")
     method = build(p, torch.Generator(accelerator.device))
     optimizer = torch.optim.SGD(method.encoder.parameters(), p["lr"], momentum=.9, weight_decay=p["weight_decay"])
     return State(p, *accelerator.prepare(method, optimizer), ScoreRecorder()), accelerator
 
-# %% ../nbs/08_train.ipynb #ac866321
+# %% ../nbs/08_train.ipynb #6a77bab9
 def train_step(
     s: State,
     v1: torch.Tensor, v2: torch.Tensor,  # (B, 3, H, W) two views
@@ -180,19 +191,21 @@ def train_step(
     s.method.update(out.k)
     s.losses.append(out.loss.detach())
     if s.step % s.params["record_every"] == 0:
-        l = {n: math.nan if x is None else x.mean() for n, x in (("l_ex", s.method.transform.l_ex), ("l_in", s.method.transform.l_in))}
+        drawn = {"l_ex": s.method.transform.l_ex, "l_in": s.method.transform.l_in}
+        l = {n: math.nan if x is None else x.mean() for n, x in drawn.items()}
         s.recorder.record(s.step, out.pos, out.neg, out.before or (out.pos, out.neg), loss=out.loss, lr=lr, **l)
     s.step += 1
 
-# %% ../nbs/08_train.ipynb #4e974381
+# %% ../nbs/08_train.ipynb #b85ab51f
 def check_finite(s: State):
     "Raise `InputError` if the epoch under way met a loss that is not a number"
     bad = (~torch.stack(s.losses).isfinite()).nonzero()
     if len(bad):
-        raise InputError(f"the loss is {s.losses[int(bad[0])].item()} at step {s.step - len(s.losses) + int(bad[0])}: training "
-                         f"diverged. Lower lr (now {s.params['lr']}) or raise tau (now {s.params['tau']}).")
+        first = int(bad[0]); loss, step = s.losses[first].item(), s.step - len(s.losses) + first
+        raise InputError(f"the loss is {loss} at step {step}: training diverged. Lower lr (now {s.params['lr']}) "
+                         f"or raise tau (now {s.params['tau']}).")
 
-# %% ../nbs/08_train.ipynb #880a14de
+# %% ../nbs/08_train.ipynb #0c3aba5a
 @contextmanager
 def stop_signal():
     "A list that fills when the run is interrupted, so that the step at hand ends well"
@@ -203,7 +216,7 @@ def stop_signal():
     finally:
         for n, handler in old.items(): signal.signal(n, handler)
 
-# %% ../nbs/08_train.ipynb #ba12fe9e
+# %% ../nbs/08_train.ipynb #72412b7f
 def halted(
     s: State,
     stopped: list,  # From `stop_signal`
@@ -211,7 +224,7 @@ def halted(
     "Whether the run was told to stop here, by a signal or by `stop_after`"
     return bool(stopped) or 0 < s.params["stop_after"] <= s.step
 
-# %% ../nbs/08_train.ipynb #f3225a4d
+# %% ../nbs/08_train.ipynb #828a727d
 def train_epoch(
     s: State,
     train: ImageSet,  # On the device of the method
@@ -225,17 +238,17 @@ def train_epoch(
     epoch, first = divmod(s.step, per_epoch)
     order = torch.randperm(len(train), generator=seeded(torch.Generator(), p["seed"], ORDER, epoch)).to(train.x.device)
     how = AUGMENTATIONS[p["augmentation"] or METHODS[p["method"]]["augmentation"]]
+    start = time.perf_counter()
     for idx in order.split(p["batch_size"])[first:per_epoch]:
-        start = time.perf_counter()
         v1, v2 = two_views(train.x[idx], how, generator=seeded(generator, p["seed"], VIEWS, s.step))
         train_step(s, v1, v2, accelerator, epoch >= p["start_epoch"], per_epoch * p["epochs"])
-        s.seconds += time.perf_counter() - start
         bar.update(len(idx))
         if s.step % 50 == 0: check_finite(s)
         if halted(s, stopped): break
-    check_finite(s)
+    check_finite(s)  # waits for the device
+    s.seconds += time.perf_counter() - start
 
-# %% ../nbs/08_train.ipynb #31756b0e
+# %% ../nbs/08_train.ipynb #f65e15c8
 def end_epoch(
     s: State,
     train: ImageSet, test: ImageSet,
@@ -249,11 +262,26 @@ def end_epoch(
     s.epochs.append(row); s.losses = []
     bar.set_postfix({k: f"{v:.4g}" for k, v in row.items()})
 
-# %% ../nbs/08_train.ipynb #4c6c5939
+# %% ../nbs/08_train.ipynb #fcc39d8d
 CHECKPOINT = {"format": "ftcl-checkpoint", "schema": "1"}
 FREE = ["out", "name", "resume", "progress", "stop_after", "checkpoint_every"]  # may differ when a run is resumed
 
-# %% ../nbs/08_train.ipynb #b755a0af
+# %% ../nbs/08_train.ipynb #055ad31f
+@contextmanager
+def replacing(
+    path: Path,
+):
+    "A name to write to, renamed to `path` at the end, removed after an error; raises `InputError` if it cannot be"
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        os.replace(part, path)
+    except (OSError, SafetensorError) as e:
+        raise InputError(f"{path} cannot be written: {getattr(e, 'strerror', None) or e}.") from None
+    finally:
+        with suppress(OSError): part.unlink()
+
+# %% ../nbs/08_train.ipynb #f89cd66e
 def save_checkpoint(
     s: State,
     path: Path,  # Ends in `.safetensors`
@@ -262,14 +290,11 @@ def save_checkpoint(
     tensors = {f"method.{n}": t.contiguous() for n, t in s.method.state_dict().items()}
     tensors |= {f"sgd.{i}": o["momentum_buffer"].contiguous() for i, o in s.optimizer.state_dict()["state"].items()}
     tensors |= {"scores": s.recorder.table(), "losses": torch.stack(s.losses).cpu() if s.losses else torch.zeros(0)}
-    note = dict(params=s.params, step=s.step, epochs=s.epochs, seconds=s.seconds, columns=s.recorder.columns)
-    part = path.with_name(path.name + ".part")
-    try:
-        save_file(tensors, part, CHECKPOINT | {"state": json.dumps(note)})
-        os.replace(part, path)
-    except OSError as e: raise InputError(f"the checkpoint {path} cannot be written: {e.strerror or e}.") from None
+    note = dict(params=s.params, step=s.step, epochs=s.epochs, seconds=s.seconds, n_train=s.n_train,
+                columns=s.recorder.columns)
+    with replacing(path) as part: save_file(tensors, part, CHECKPOINT | {"state": json.dumps(note)})
 
-# %% ../nbs/08_train.ipynb #d8794842
+# %% ../nbs/08_train.ipynb #38b6566a
 def read_checkpoint(
     path: str,  # Ends in `.safetensors`
 ) -> tuple[dict, dict]:  # Tensors, note
@@ -278,12 +303,14 @@ def read_checkpoint(
         with safe_open(path, "pt") as f:
             meta, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
     except Exception as e:
-        raise InputError(f"the checkpoint {path} cannot be read ({e}): it is missing, truncated or no safetensors file.") from None
-    if {k: meta.get(k) for k in CHECKPOINT} != CHECKPOINT:
-        raise InputError(f"{path} is not a checkpoint of ftcl, schema {CHECKPOINT['schema']}: it was written by something else.")
-    return tensors, json.loads(meta["state"])
+        raise InputError(f"the checkpoint {path} cannot be read ({e}): it is missing, truncated or no safetensors file."
+                         ) from None
+    note = json.loads(meta.get("state", "{}")) if CHECKPOINT.items() <= meta.items() else {}
+    if not {"params", "step", "epochs", "seconds", "n_train", "columns"} <= note.keys():
+        raise InputError(f"{path} is not a checkpoint of ftcl, schema {CHECKPOINT['schema']}: something else wrote it.")
+    return tensors, note
 
-# %% ../nbs/08_train.ipynb #382dc1c1
+# %% ../nbs/08_train.ipynb #906868a5
 def load_checkpoint(
     s: State,  # Filled in place
     path: Path,
@@ -292,17 +319,20 @@ def load_checkpoint(
     tensors, note = read_checkpoint(path)
     for k, v in s.params.items():
         if k not in FREE and note["params"].get(k) != v:
-            raise InputError(f"{path} was made with {k}={note['params'].get(k)!r}, not {v!r}: give the same parameters, another "
-                             "`name`, or resume=False to start anew.")
+            raise InputError(f"{path} was made with {k}={note['params'].get(k)!r}, not {v!r}: give the same "
+                             "parameters, another `name` or `out`, or resume=False to start anew.")
+    if note["n_train"] != s.n_train:
+        raise InputError(f"{path} was made with {note['n_train']} images, but now there are {s.n_train}.")
     s.method.load_state_dict({k[7:]: t for k, t in tensors.items() if k.startswith("method.")})
     for i, w in enumerate(s.optimizer.param_groups[0]["params"]):
-        if f"sgd.{i}" in tensors: s.optimizer.state[w]["momentum_buffer"] = torch.empty_like(w).copy_(tensors[f"sgd.{i}"])
+        old = tensors.get(f"sgd.{i}")
+        if old is not None: s.optimizer.state[w]["momentum_buffer"] = torch.empty_like(w).copy_(old)
     device = s.method.queue.keys.device
     s.recorder.columns, s.recorder.rows = note["columns"], list(tensors["scores"].to(device))
     s.losses = list(tensors["losses"].to(device))
     s.step, s.epochs, s.seconds = note["step"], note["epochs"], note["seconds"]
 
-# %% ../nbs/08_train.ipynb #2c12d464
+# %% ../nbs/08_train.ipynb #ad7d1d07
 def load_encoder(
     path: str,  # A checkpoint
 ) -> tuple[Encoder, dict]:  # In evaluation mode; the parameters of its run
@@ -312,14 +342,15 @@ def load_encoder(
     encoder.load_state_dict({k[15:]: t for k, t in tensors.items() if k.startswith("method.encoder.")})
     return encoder.eval(), p
 
-# %% ../nbs/08_train.ipynb #5a2ab2b4
+# %% ../nbs/08_train.ipynb #3bd83fdf
 def git_revision() -> str:
     "The commit of this package, `+` if the package was changed since; empty outside a repository"
-    git = lambda *a: subprocess.run(["git", "-C", str(Path(inspect.getfile(load)).parent), *a], capture_output=True, text=True).stdout.strip()
+    here = str(Path(inspect.getfile(load)).parent)
+    git = lambda *a: subprocess.run(["git", "-C", here, *a], capture_output=True, text=True).stdout.strip()
     try: return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
     except OSError: return ""
 
-# %% ../nbs/08_train.ipynb #12ad45d3
+# %% ../nbs/08_train.ipynb #25c3bedf
 def device_name(
     device: torch.device,
 ) -> str:
@@ -329,51 +360,51 @@ def device_name(
     except (OSError, StopIteration): model = platform.processor() or platform.machine()
     return f"{model} CPU, {torch.get_num_threads()} thread" + "s" * (torch.get_num_threads() > 1)
 
-# %% ../nbs/08_train.ipynb #5eee8599
+# %% ../nbs/08_train.ipynb #eff1b901
 def provenance(
     device: torch.device,
 ) -> dict:
     "What a number was made with: device, code, software"
     return dict(device=device_name(device), git_revision=git_revision(),
-                versions={o: version(o) for o in ("torch", "torchvision", "accelerate")} | {"python": platform.python_version()})
+                versions={o: version(o) for o in ("torch", "torchvision", "accelerate")}
+                | {"python": platform.python_version()})
 
-# %% ../nbs/08_train.ipynb #32307c7e
+# %% ../nbs/08_train.ipynb #81d567ec
 SCHEMA = 1  # of a record
 def describe(
     s: State, train: ImageSet, test: ImageSet,
+    made_with: dict,  # `provenance`, taken before the run
 ) -> dict:
     "The record of a finished run"
     p = s.params
-    metrics = {f"knn_{o}": knn_accuracy(s.method.encoder, train, test, o, precision=p["precision"]) for o in ("backbone", "projection")}
-    return dict(schema=SCHEMA, name=p["name"], parameters={k: v for k, v in p.items() if k not in FREE}, metrics=metrics,
+    knn = lambda space: knn_accuracy(s.method.encoder, train, test, space, precision=p["precision"])
+    return dict(
+        schema=SCHEMA, name=p["name"], parameters={k: v for k, v in p.items() if k not in FREE},
+        metrics={f"knn_{o}": knn(o) for o in ("backbone", "projection")},
         measured_on="held-out training images" if p["holdout"] else "test split", n_train=len(train), n_test=len(test),
-        steps=s.step, epochs=s.epochs, seconds=round(s.seconds, 2), images_per_second=round(s.step * p["batch_size"] / s.seconds, 1),
-        **provenance(s.method.queue.keys.device))
+        steps=s.step, epochs=s.epochs, seconds=round(s.seconds, 2),
+        images_per_second=round(s.step * p["batch_size"] / s.seconds, 1), **made_with)
 
-# %% ../nbs/08_train.ipynb #98305ae9
+# %% ../nbs/08_train.ipynb #d65ae480
 def write_record(
     record: dict,
     path: Path,  # Ends in `.json`
 ):
     "Write a record under another name first"
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(json.dumps(record, indent=1) + "\n")
-        os.replace(part, path)
-    except OSError as e: raise InputError(f"the record {path} cannot be written: {e.strerror}.") from None
+    with replacing(path) as part: part.write_text(json.dumps(record, indent=1) + "\n")
 
-# %% ../nbs/08_train.ipynb #90547a6c
+# %% ../nbs/08_train.ipynb #bf804094
 def read_record(
     path: str,  # The `.json` of a run
 ) -> dict:
     "A run's record; raises `InputError` for a missing or foreign file, or another schema"
     try: record = json.loads(Path(path).read_text())
     except (OSError, ValueError) as e: raise InputError(f"the record {path} cannot be read: {e}.") from None
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA or not {"parameters", "metrics"} <= record.keys():
         raise InputError(f"{path} is not a record of schema {SCHEMA}: make it anew by running its notebook.")
     return record
 
-# %% ../nbs/08_train.ipynb #b638217a
+# %% ../nbs/08_train.ipynb #a2ca7823
 def finished(
     p: dict,  # Parameters of `pretrain`
     path: Path,  # Ends in `.json`
@@ -383,7 +414,7 @@ def finished(
     record = read_record(path)
     return record if record["parameters"] == {k: v for k, v in p.items() if k not in FREE} else None
 
-# %% ../nbs/08_train.ipynb #86f0fee9
+# %% ../nbs/08_train.ipynb #7611246f
 def writable(
     out: str,  # A folder, made if missing
     name: str,
@@ -393,10 +424,10 @@ def writable(
         Path(out).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out): pass
     except OSError as e:
-        raise InputError(f"the output folder {out!r} cannot be written to ({e.strerror}): give another one as `out`.") from None
+        raise InputError(f"the output folder {out!r} cannot be written to ({e.strerror}): give another.") from None
     return Path(out) / f"{name}.json"
 
-# %% ../nbs/08_train.ipynb #ddcf6c1d
+# %% ../nbs/08_train.ipynb #bcd041f7
 def train_to_end(
     s: State, train: ImageSet, test: ImageSet,
     accelerator: Accelerator,
@@ -405,29 +436,33 @@ def train_to_end(
     "Epoch after epoch, with checkpoints, until the last step or a stop"
     p = s.params; per_epoch = len(train) // p["batch_size"]; total = p["epochs"] * per_epoch
     generator = torch.Generator(accelerator.device)
-    bar = tqdm(total=total * p["batch_size"], initial=s.step * p["batch_size"], unit="img", unit_scale=True, desc=p["name"], mininterval=.5,
-               leave=False, disable=not p["progress"])
+    bar = tqdm(total=total * p["batch_size"], initial=s.step * p["batch_size"], unit="img", unit_scale=True,
+               desc=p["name"], mininterval=.5, leave=False, disable=not p["progress"])
     with bar, stop_signal() as stopped:
         while s.step < total and not halted(s, stopped):
             train_epoch(s, train, accelerator, generator, bar, stopped)
             if s.step % per_epoch == 0: end_epoch(s, train, test, bar)
-            due = p["checkpoint_every"] and len(s.epochs) % p["checkpoint_every"] == 0
-            if due or s.step == total or halted(s, stopped): save_checkpoint(s, checkpoint)
+            every = per_epoch * p["checkpoint_every"]
+            if every and s.step % every == 0 and s.step < total: save_checkpoint(s, checkpoint)
+        if s.step < total: checkpoint.with_suffix(".json").unlink(missing_ok=True)  # an earlier run's record
+        save_checkpoint(s, checkpoint)
     if stopped: raise KeyboardInterrupt(f"stopped after step {s.step}; resume=True goes on from {checkpoint}")
     return s.step == total
 
-# %% ../nbs/08_train.ipynb #f84917b3
+# %% ../nbs/08_train.ipynb #5545eceb
 def check(
     p: dict,  # Parameters of `pretrain`, all or some
 ):
     "Raise `InputError` for what `pretrain` would refuse before it reads anything"
     check_types(p, defaults(pretrain))
-    check_values(defaults(pretrain) | p)
+    check_values(p)
+    check_fit(defaults(pretrain) | p)
 
-# %% ../nbs/08_train.ipynb #c3dd16a2
+# %% ../nbs/08_train.ipynb #e9e7d864
 def pretrain(
     dataset: str = "shapes",  # `shapes`, a folder, or a Hugging Face id
-    n_images: int = 0,  # Train on the first n images; 0: all
+    n_images: int = 0,  # Train on n of the images, the same for every seed; 0: all
+    size: int = 0,  # Scale and crop images to this side; 0: as they are
     holdout: int = 0,  # Hold out n training images and measure on them; 0: measure on the test split
     encoder: str = "small",  # small, resnet18, resnet34, resnet50
     stem: str = "small",  # Of a ResNet: small (3x3) or imagenet (7x7, pooling)
@@ -467,24 +502,24 @@ def pretrain(
     "Pretrain an encoder; `out` gets `<name>.json` (record), `.parquet` (scores) and `.safetensors` (checkpoint)"
     p = dict(locals())
     check(p)
+    if resume and (record := finished(p, Path(out) / f"{name}.json")): return record
     s, accelerator = begin(p)
+    made_with = provenance(accelerator.device)
     train, test = images(p)
     path = writable(out, name)
-    if resume and (record := finished(p, path)): return record
-    checkpoint = path.with_suffix(".safetensors")
+    s.n_train, checkpoint = len(train), path.with_suffix(".safetensors")
     if resume and checkpoint.exists(): load_checkpoint(s, checkpoint)
-    done = train_to_end(s, train.to(accelerator.device), test, accelerator, checkpoint)
-    if not done: return None
-    record = describe(s, train, test)
+    if not train_to_end(s, train.to(accelerator.device), test, accelerator, checkpoint): return None
+    record = describe(s, train, test, made_with)
     s.recorder.save(path.with_suffix(".parquet"))
     write_record(record, path)
     return record
 
-# %% ../nbs/08_train.ipynb #b7157b2e
+# %% ../nbs/08_train.ipynb #4380bf36
 def evaluate_checkpoint(
     checkpoint: str,  # What `pretrain` wrote, ends in `.safetensors`
     dataset: str = "",  # `shapes`, a folder, or a Hugging Face id; empty: what the encoder was pretrained on
-    n_images: int = 0,  # Read out from the first n training images; 0: all
+    n_images: int = 0,  # Read out from n of the training images; 0: all
     k: int = 200, t: float = .1,  # Neighbours and temperature of kNN
     linear_epochs: int = 60, linear_lr: float = 30.,  # Of the SGD readout; 0 epochs leave it out
     precision: str = "bf16",  # Inside the encoder: bf16, fp32
@@ -493,43 +528,51 @@ def evaluate_checkpoint(
 ) -> dict:  # The record
     "Accuracy (%) of every protocol, by its name, on the test split"
     p = dict(locals())
+    check_types(p, defaults(evaluate_checkpoint)); check_values(p)
     encoder, trained = load_encoder(checkpoint)
-    path = writable(out, name)
-    train, test = images(dict(dataset=dataset or trained["dataset"], holdout=0, n_images=n_images, batch_size=1))
-    encoder = encoder.to(Accelerator().device)
+    wanted = dict(dataset=dataset or trained["dataset"], holdout=0, n_images=n_images, batch_size=1)
+    train, test = images(trained | wanted)
+    path, encoder = writable(out, name), encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     metrics = {f"knn_{o}": knn_accuracy(encoder, train, test, o, k, t, precision) for o in ("backbone", "projection")}
     metrics["logreg_backbone"] = linear_logreg(encoder, train, test, precision=precision)
     if linear_epochs:
-        drops = tuple(linear_epochs * i // 12 for i in (6, 8, 10))
-        metrics["linear_backbone"] = linear_sgd(encoder, train, test, linear_epochs, linear_lr, drops, seed=seed, precision=precision)
-    record = dict(schema=SCHEMA, name=name, parameters={k: v for k, v in p.items() if k not in FREE}, pretrained=trained, metrics=metrics,
-                  measured_on="test split", n_train=len(train), n_test=len(test), classes=len(train.classes), **provenance(next(encoder.parameters()).device))
+        drops = [linear_epochs * i // 12 for i in (6, 8, 10) if linear_epochs * i >= 12]
+        metrics["linear_backbone"] = linear_sgd(encoder, train, test, linear_epochs, linear_lr, drops, seed=seed,
+                                                precision=precision)
+    kept = lambda o: {k: v for k, v in o.items() if k not in FREE}
+    record = dict(schema=SCHEMA, name=name, parameters=kept(p), pretrained=kept(trained), metrics=metrics,
+                  measured_on="test split", n_train=len(train), n_test=len(test), classes=len(train.classes),
+                  **provenance(next(encoder.parameters()).device))
     write_record(record, path)
     return record
 
-# %% ../nbs/08_train.ipynb #dfcb1a4e
+# %% ../nbs/08_train.ipynb #b0768638
 def check_parameters(
     given: dict,  # `globals()` of a notebook that has assigned nothing but parameters
-    *functions,  # What takes the parameters
-    **more,  # Further parameters of the notebook, with their defaults
+    f,  # The function that takes them
+    without: tuple = (),  # Parameters of `f` that the notebook does not offer
+    **more,  # Parameters of the notebook alone, with their defaults
 ) -> dict:  # name: value
     "The notebook's parameters; raises `InputError` for an unknown or ill-typed one and names the nearest known one"
-    known = {n: d for f in functions for n, d in defaults(f).items()} | more
-    given = {n: v for n, v in given.items() if n in known or not n.startswith("_") and isinstance(v, (bool, int, float, str))}
+    known = {n: d for n, d in defaults(f).items() if n not in without} | more
+    ours = lambda n, v: not (n.startswith("_") or n in ("In", "Out") or callable(v) or inspect.ismodule(v))
+    given = {n: v for n, v in given.items() if ours(n, v)}
     check_types(given, known)
+    check_values(given)
     return given
 
-# %% ../nbs/08_train.ipynb #62b6c076
-TRANSFORMATION = ["mixing", "level", "alpha", "alpha_neg", "strength", "start_epoch", "renormalize", "detach_key", "neg_query", "tau_pos"]
-
-# %% ../nbs/08_train.ipynb #53dc8857
+# %% ../nbs/08_train.ipynb #cf91f0f0
+TRANSFORMATION = ["mixing", "level", "alpha", "alpha_neg", "strength", "start_epoch", "renormalize", "detach_key",
+                  "neg_query", "tau_pos"]
 def arms(
     p: dict,  # Parameters of `pretrain`
 ) -> dict:  # Name of the arm: its parameters; the untransformed one first
     "A setting and its baseline: `mixing` none and the transformation's other parameters at their defaults"
     check(p)
     plain = {n: d for n, d in defaults(pretrain).items() if n in TRANSFORMATION}
-    other = [n for n in TRANSFORMATION if p.get(n, plain[n]) != plain[n]]
-    if not other: raise InputError("mixing is 'none', so there is nothing to compare: it must be one of pos, neg, posneg.")
-    name = "-".join([p.get("mixing", "none"), *(f"{n}{p[n]}" for n in other if n != "mixing")])
+    matters = TRANSFORMATION if p.get("mixing", "none") != "none" else ["tau_pos"]
+    other = [n for n in matters if p.get(n, plain[n]) != plain[n]]
+    if not other: raise InputError("mixing is 'none', so there is nothing to compare: it must be pos, neg or posneg.")
+    text = lambda v: f"{v:g}" if isinstance(v, (int, float)) and not isinstance(v, bool) else v
+    name = "-".join([p.get("mixing", "none"), *(f"{n}{text(p[n])}" for n in other if n != "mixing")])
     return {"none": p | plain, name: p}

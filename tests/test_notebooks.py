@@ -1,6 +1,5 @@
 "What is committed: notebooks, generated files, and files that say the same thing"
 import ast
-import inspect
 import json
 import re
 import subprocess
@@ -64,11 +63,11 @@ def test_a_function_stays_short(path):
 
 @pytest.mark.parametrize("name", RUN)
 def test_parameters_are_those_of_the_function(name):
-    given, known = parameters(name), {n: p.default for n, p in inspect.signature(RUN[name]).parameters.items()}
+    given, known = parameters(name), train.defaults(RUN[name])
     known |= {"seeds": 3} if name == "ablation" else {}
     left_out = {"pretrain": {"progress", "stop_after"}, "evaluate": set(), "ablation": {"progress", "stop_after", "name", "checkpoint_every"}}[name]
     assert set(given) == set(known) - left_out
-    assert {n: type(v) for n, v in given.items()} == {n: str if known[n] is inspect._empty else type(known[n]) for n in given}
+    assert {n: type(v) for n, v in given.items()} == {n: type(known[n]) for n in given}
 
 
 @pytest.mark.parametrize("name", RUN)
