@@ -160,7 +160,8 @@ def _open(name, split):
     except InputError: raise
     except Exception as e:
         while e.__cause__: e = e.__cause__
-        raise InputError(f"dataset {name!r} ({source}) cannot be read: {(str(e) or type(e).__name__).splitlines()[0]}") from None
+        why = (str(e) or type(e).__name__).splitlines()[0]
+        raise InputError(f"dataset {name!r} ({source}) cannot be read: {why}") from None
 
 # %% ../nbs/00_data.ipynb #62fb04af
 def load(
