@@ -6,20 +6,20 @@
 __all__ = ['ORDER', 'VIEWS', 'MIX', 'WEIGHTS', 'QUEUE', 'HOLDOUT', 'KINDS', 'RANGES', 'CHOICES', 'CHECKPOINT', 'FREE', 'SCHEMA',
            'TRANSFORMATION', 'seeded', 'cosine_lr', 'held_out', 'images', 'check_types', 'defaults', 'check_values',
            'check_fit', 'State', 'build', 'begin', 'train_step', 'check_finite', 'stop_signal', 'halted', 'train_epoch',
-           'end_epoch', 'replacing', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'load_encoder',
-           'git_revision', 'device_name', 'provenance', 'describe', 'write_record', 'read_record', 'finished',
-           'writable', 'train_to_end', 'check', 'pretrain', 'evaluate_checkpoint', 'check_parameters', 'arms']
+           'end_epoch', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'load_encoder', 'git_revision',
+           'device_name', 'provenance', 'describe', 'write_record', 'read_record', 'finished', 'writable',
+           'train_to_end', 'check', 'pretrain', 'evaluate_checkpoint', 'check_parameters', 'arms']
 
 # %% ../nbs/08_train.ipynb #2a063510
 import inspect, json, math, os, platform, signal, subprocess, tempfile, threading, time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import safetensors.torch
+from safetensors import safe_open
 from tqdm import tqdm
 from .data import AUGMENTATIONS, ImageSet, InputError, load, nearest, one_of, two_views
 from .encoder import ENCODERS, STEMS, Encoder
@@ -27,7 +27,7 @@ from .evaluate import knn_accuracy, linear_logreg, linear_sgd
 from .method import METHODS, NEG_QUERIES, PRECISIONS, MoCo
 from .queue import Queue
 from .transform import LEVELS, MIXINGS, FeatureTransform
-from .visualize import ScoreRecorder
+from .visualize import ScoreRecorder, replacing
 
 # %% ../nbs/08_train.ipynb #c85b6196
 ORDER, VIEWS, MIX, WEIGHTS, QUEUE, HOLDOUT = range(6)  # what a run draws random numbers for
@@ -266,21 +266,6 @@ def end_epoch(
 CHECKPOINT = {"format": "ftcl-checkpoint", "schema": "1"}
 FREE = ["out", "name", "resume", "progress", "stop_after", "checkpoint_every"]  # may differ when a run is resumed
 
-# %% ../nbs/08_train.ipynb #055ad31f
-@contextmanager
-def replacing(
-    path: Path,
-):
-    "A name to write to, renamed to `path` at the end, removed after an error; raises `InputError` if it cannot be"
-    part = path.with_name(path.name + ".part")
-    try:
-        yield part
-        os.replace(part, path)
-    except (OSError, SafetensorError) as e:
-        raise InputError(f"{path} cannot be written: {getattr(e, 'strerror', None) or e}.") from None
-    finally:
-        with suppress(OSError): part.unlink()
-
 # %% ../nbs/08_train.ipynb #f89cd66e
 def save_checkpoint(
     s: State,
@@ -292,7 +277,8 @@ def save_checkpoint(
     tensors |= {"scores": s.recorder.table(), "losses": torch.stack(s.losses).cpu() if s.losses else torch.zeros(0)}
     note = dict(params=s.params, step=s.step, epochs=s.epochs, seconds=s.seconds, n_train=s.n_train,
                 columns=s.recorder.columns)
-    with replacing(path) as part: save_file(tensors, part, CHECKPOINT | {"state": json.dumps(note)})
+    data = safetensors.torch.save(tensors, CHECKPOINT | {"state": json.dumps(note)})
+    with replacing(path) as part: part.write_bytes(data)
 
 # %% ../nbs/08_train.ipynb #38b6566a
 def read_checkpoint(
