@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'HUB', 'SHAPES_SIZES', 'AUGMENTATIONS', 'LUMA', 'YIQ', 'QUARTER', 'MEAN', 'STD', 'InputError', 'nearest',
-           'one_of', 'ImageSet', 'shapes', 'load', 'Augmentation', 'draw_crops', 'resize_matrix', 'blur_matrix',
-           'colour_matrix', 'normalise', 'augment', 'two_views', 'show_views']
+           'one_of', 'positive', 'ImageSet', 'shapes', 'load', 'Augmentation', 'draw_crops', 'resize_matrix',
+           'blur_matrix', 'colour_matrix', 'normalise', 'augment', 'two_views', 'show_views']
 
 # %% ../nbs/00_data.ipynb #e5afa89d
 import io, math, os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from numbers import Real
 from pathlib import Path
 import numpy as np
 import torch
@@ -42,6 +43,15 @@ def one_of(
     if value in list(allowed): return value
     raise InputError(f"{name} is {value!r}, but must be one of {', '.join(map(str, allowed))}."
                      + nearest(value, allowed))
+
+# %% ../nbs/00_data.ipynb #ab3b3231
+def positive(
+    name: str,  # The parameter's name
+    value,  # Its value
+):
+    "`value`, if it is a finite number above 0; raises `InputError` otherwise"
+    if isinstance(value, Real) and not isinstance(value, bool) and 0 < value < math.inf: return value
+    raise InputError(f"{name} is {value!r}, but must be a number above 0 and finite.")
 
 # %% ../nbs/00_data.ipynb #22db28a5
 @dataclass(frozen=True)

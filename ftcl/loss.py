@@ -9,7 +9,7 @@ __all__ = ['scores', 'info_nce']
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .data import InputError
+from .data import positive
 
 # %% ../nbs/04_loss.ipynb #97d0f143
 def scores(
@@ -29,8 +29,7 @@ def info_nce(
     tau_pos: float | None = None,  # Temperature of the positive's distance 1 - pos; None: `tau`
 ) -> Tensor:  # Scalar, in nats
     "-log( e^{pos/tau} / (e^{pos/tau} + sum_i e^{neg_i/tau}) ), averaged over the batch"
-    for name, value in dict(tau=tau, tau_pos=tau if tau_pos is None else tau_pos).items():
-        if not 0 < value < float("inf"):
-            raise InputError(f"{name} is {value}, but a temperature must be above 0 and finite.")
+    positive("tau", tau)
+    if tau_pos is not None: positive("tau_pos", tau_pos)
     logit = pos / tau if tau_pos is None else 1 / tau - (1 - pos) / tau_pos  # (B,)
     return -F.logsigmoid(logit - (neg / tau).logsumexp(1)).mean()

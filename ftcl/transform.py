@@ -6,12 +6,13 @@
 __all__ = ['MIXINGS', 'LEVELS', 'extrapolate', 'sample_beta', 'interpolate', 'FeatureTransform']
 
 # %% ../nbs/03_transform.ipynb #c14d7d3e
+from functools import lru_cache
+import numpy as np
 import torch
 import torch.nn.functional as F
-from functools import lru_cache
 from scipy.special import betaincinv
 from torch import Tensor, nn
-from .data import InputError, one_of
+from .data import InputError, one_of, positive
 
 # %% ../nbs/03_transform.ipynb #bd069dc9
 def extrapolate(
@@ -26,9 +27,9 @@ def extrapolate(
 # %% ../nbs/03_transform.ipynb #305c0473
 @lru_cache
 def _beta_table(alpha, device, n=4097):
-    "Inverse CDF of Beta(alpha, alpha) at n even steps from 0 to 1"
-    return torch.as_tensor(betaincinv(alpha, alpha, torch.linspace(0, 1, n, dtype=torch.float64).numpy()),
-                           dtype=torch.float32, device=device)
+    "Inverse CDF of Beta(alpha, alpha) at n even steps from 0 to 1, the ends a tenth of a step inside"
+    p = np.linspace(0, 1, n).clip(.1 / n, 1 - .1 / n)
+    return torch.as_tensor(betaincinv(alpha, alpha, p), dtype=torch.float32, device=device)
 
 # %% ../nbs/03_transform.ipynb #ea90e771
 def sample_beta(
@@ -38,10 +39,8 @@ def sample_beta(
     device=None,  # None: that of the generator, else the CPU
 ) -> Tensor:  # `shape`, float32 in [0, 1]
     "Draws from Beta(alpha, alpha) by its inverse CDF, on the device; raises `InputError` unless alpha > 0"
-    if not 0 < alpha < float("inf"):
-        raise InputError(f"alpha is {alpha}, but the parameter of a Beta distribution must be above 0 and finite.")
     if device is None: device = "cpu" if generator is None else generator.device
-    table = _beta_table(float(alpha), torch.device(device))
+    table = _beta_table(float(positive("alpha", alpha)), torch.device(device))
     at = torch.rand(shape, generator=generator, device=device, dtype=torch.float32) * (len(table) - 1)
     low = at.long()
     return torch.lerp(table[low], table[1:][low], at.frac())
@@ -67,14 +66,14 @@ class FeatureTransform(nn.Module):
         alpha: float = 2.,  # a_ex: l_ex = 1 + strength * Beta(a_ex, a_ex)
         alpha_neg: float = 1.6,  # a_in: l_in = Beta(a_in, a_in)
         renormalize: bool = False,  # Put the transformed vectors back on the sphere
-        strength: float = 1.,  # s: reach of l_ex, above 0
+        strength: float = 1.,  # s: reach of l_ex, above 0 and at most 1
         detach_key: bool = False,  # Stop the gradient through k_hat
         generator=None,  # Of l and of the permutation, on the device of the vectors
     ):
         super().__init__()
         self.mixing, self.level = one_of("mixing", mixing, MIXINGS), one_of("level", level, LEVELS)
-        for name, value in dict(alpha=alpha, alpha_neg=alpha_neg, strength=strength).items():
-            if not 0 < value < float("inf"): raise InputError(f"{name} is {value}, but must be above 0 and finite.")
+        for name, value in dict(alpha=alpha, alpha_neg=alpha_neg, strength=strength).items(): positive(name, value)
+        if strength > 1: raise InputError(f"strength is {strength}, but must be at most 1, where l_ex reaches 2.")
         self.alpha, self.alpha_neg, self.strength = alpha, alpha_neg, strength
         self.renormalize, self.detach_key, self.generator = renormalize, detach_key, generator
         self.l_ex = self.l_in = None  # what the last call drew

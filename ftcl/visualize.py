@@ -17,7 +17,7 @@ import pandas as pd
 import seaborn as sns
 import torch
 from torch import Tensor
-from .data import InputError, nearest
+from .data import InputError, nearest, positive
 
 # %% ../nbs/05_visualize.ipynb #efbd97a4
 LIMIT = 4.25  # Scores lie in -LIMIT .. LIMIT: derived for unit vectors and l_ex in [1, 2], any level
@@ -97,8 +97,7 @@ class ScoreRecorder:
     def __init__(self,
         limit: float = LIMIT,  # Quantiles of negative scores are looked for in -limit .. limit, to within limit / 2176
     ):
-        if not 0 < limit < math.inf: raise InputError(f"limit is {limit}, but must be above 0 and finite.")
-        self.limit, self.columns, self.rows = limit, [], []
+        self.limit, self.columns, self.rows = positive("limit", limit), [], []
     def record(self,
         step: int,
         pos: Tensor,  # (B,) scores as the loss sees them

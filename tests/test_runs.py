@@ -12,7 +12,8 @@ import torch
 from ftcl.data import load
 from ftcl.encoder import Encoder
 from ftcl.evaluate import knn_accuracy
-from ftcl.train import read_checkpoint, read_record
+from ftcl.record import read_record
+from ftcl.train import read_checkpoint
 
 ROOT = Path(__file__).parent.parent
 
