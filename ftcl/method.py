@@ -67,7 +67,7 @@ class MoCo(nn.Module):
         q: Tensor,  # (B, D) queries
         k: Tensor,  # (B, D) their keys
         mix: bool = True,  # Whether the transformation is on
-    ) -> tuple:  # (pos, neg); the same before the transformation, or None; the l drawn for positives and negatives, or None
+    ) -> tuple:  # (pos, neg); the same before the transformation or None; (l_ex, l_in) or Nones
         "Scores of one direction"
         keys = self.queue.keys
         if q.shape[1] != keys.shape[1]:

@@ -23,8 +23,8 @@ from .encoder import Encoder
 from .evaluate import knn_accuracy, linear_logreg, linear_sgd
 from .method import METHODS, MoCo, native_precision
 from .queue import Queue
-from .record import (SCHEMA, check_types, check_values, deciding, defaults, difference, earlier, provenance, writable,
-                         write_record)
+from .record import SCHEMA, check_types, check_values, deciding, defaults, difference, earlier
+from .record import provenance, writable, write_record
 from .transform import FeatureTransform
 from .visualize import ScoreRecorder, replacing
 

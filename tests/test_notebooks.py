@@ -7,7 +7,9 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
+import torch
 
 from ftcl import record, train
 
@@ -104,6 +106,14 @@ def test_readme_is_made_from_the_index(tmp_path):
     made = subprocess.run(["make", "-s", "readme", f"README={tmp_path}/README"], cwd=ROOT, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
+
+
+def test_the_loop_in_the_readme_runs(tmp_path, monkeypatch):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+    q, k, keys = (torch.nn.functional.normalize(torch.randn(n, 8), dim=1) for n in (4, 4, 16))
+    monkeypatch.chdir(tmp_path)
+    exec(code, dict(q=q, k=k, keys=keys, step=0))
+    assert len(pd.read_parquet("scores.parquet")) == 1
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results").rglob("*.json")), ids=lambda p: f"{p.parent.name}/{p.stem}")
