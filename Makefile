@@ -28,7 +28,7 @@ ablation: $(READY) ## the main job on the built-in shapes: none against posneg
 	@echo "Open runs/ablation.ipynb (make lab) for the curves; records and scores are in runs/ablation/."
 
 test: $(READY) ## every notebook, then tests/
-	$(BIN)/nbdev_test --n_workers 2 --do_print
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
 	$(BIN)/python -m pytest
 
 clean: $(READY) ## strip the notebooks and export them to ftcl/; leaves a committed tree as it is

@@ -42,7 +42,7 @@ def check_types(
 RANGES = dict(  # least and greatest value
     epochs=(1, None), batch_size=(2, None), lr=(0, None), weight_decay=(0, None), momentum=(0, 1), tau=(1e-6, None),
     tau_pos=(0, None), queue_size=(1, None), dim=(1, None), bn_splits=(1, None), alpha=(1e-6, None),
-    alpha_neg=(1e-6, None), strength=(1e-6, None), start_epoch=(0, None), n_images=(0, None),
+    alpha_neg=(1e-6, None), strength=(1e-6, 1), start_epoch=(0, None), n_images=(0, None),
     holdout=(0, None), knn_every=(0, None), record_every=(1, None), checkpoint_every=(0, None), stop_after=(0, None),
     seed=(0, 2**31), size=(0, None), seeds=(1, None), k=(1, None), t=(1e-6, None),
     linear_epochs=(0, None), linear_lr=(0, None))
