@@ -9,7 +9,9 @@ __all__ = ['scores', 'info_nce']
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .data import positive
+from torch.autograd.function import once_differentiable
+from .data import InputError, positive
+from .transform import row_blocks
 
 # %% ../nbs/04_loss.ipynb #97d0f143
 def scores(
@@ -21,15 +23,41 @@ def scores(
     "Inner products of each query with its own key and with every negative"
     return (q * k).sum(1), (q if q_neg is None else q_neg) @ keys.T
 
-# %% ../nbs/04_loss.ipynb #3cdb5def
+# %% ../nbs/04_loss.ipynb #9cc7d3b7
+class _OnePass(torch.autograd.Function):
+    "InfoNCE of the positives' logits (B,) and the negative scores (B, K), its gradient made on the way"
+    @staticmethod
+    def forward(ctx, logit, neg, tau):
+        push, gap = torch.empty_like(neg), torch.empty_like(logit)  # (B, K), (B,)
+        for s, w, l, g in row_blocks(neg, push, logit, gap):
+            top = s.amax(1, keepdim=True).clamp_(min=torch.finfo(s.dtype).min)  # (b, 1)
+            torch.sub(s, top, out=w).mul_(1 / tau).exp_()
+            total = w.sum(1, keepdim=True)
+            torch.sub(l, (total.log() + top / tau)[:, 0], out=g)
+            w.mul_(torch.sigmoid(-g)[:, None] / (len(neg) * tau * total.clamp_(min=torch.finfo(s.dtype).tiny)))
+        ctx.save_for_backward(torch.sigmoid(-gap) / -len(gap), push)
+        return -F.logsigmoid(gap).mean()
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        pull, push = ctx.saved_tensors
+        return grad * pull, push if grad == 1 else grad * push, None
+
+# %% ../nbs/04_loss.ipynb #320c5b33
 def info_nce(
     pos: Tensor,  # (B,)
     neg: Tensor,  # (B, K)
     tau: float,  # Temperature, above 0
     tau_pos: float | None = None,  # Temperature of the positive's distance 1 - pos; None: `tau`
-) -> Tensor:  # Scalar, in nats
+) -> Tensor:  # Scalar, in nats; differentiable once where it is made in one pass; raises `InputError` for other shapes
     "-log( e^{pos/tau} / (e^{pos/tau} + sum_i e^{neg_i/tau}) ), averaged over the batch"
     positive("tau", tau)
     if tau_pos is not None: positive("tau_pos", tau_pos)
+    if not (pos.ndim == 1 and neg.ndim == 2 and len(pos) == len(neg) and neg.numel()):
+        raise InputError(f"pos and neg have the shapes {tuple(pos.shape)} and {tuple(neg.shape)}, but must be (B,) and "
+                         "(B, K): one positive and K negative scores for each of B queries.")
     logit = pos / tau if tau_pos is None else 1 / tau - (1 - pos) / tau_pos  # (B,)
+    fits = neg.device.type == "cpu" and pos.dtype == neg.dtype in (torch.float32, torch.float64)
+    if fits and neg.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _OnePass.apply(logit, neg, tau)
     return -F.logsigmoid(logit - (neg / tau).logsumexp(1)).mean()
