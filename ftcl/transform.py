@@ -6,6 +6,7 @@
 __all__ = ['MIXINGS', 'LEVELS', 'extrapolate', 'sample_beta', 'interpolate', 'row_blocks', 'FeatureTransform']
 
 # %% ../nbs/03_transform.ipynb #c14d7d3e
+import math
 from functools import lru_cache
 import numpy as np
 import torch
@@ -85,7 +86,7 @@ class FeatureTransform(nn.Module):
         if strength > 1: raise InputError(f"strength is {strength}, but must be at most 1, where l_ex reaches 2.")
         self.alpha, self.alpha_neg, self.strength = alpha, alpha_neg, strength
         self.renormalize, self.detach_key, self.generator = renormalize, detach_key, generator
-        self.l_ex = self.l_in = None  # what the last call drew: scalars, means where it drew more than one
+        self.l_ex = self.l_in = None  # of what the last call drew, one l: the first
 
     def _draw(self, alpha, x):
         "l for every row of x (N, D) at this level: (), (N, 1) or (N, D)"
@@ -95,17 +96,18 @@ class FeatureTransform(nn.Module):
     def _norm(self, x): return F.normalize(x, dim=1) if self.renormalize else x
 
     def _mix(self, keys):
-        "The queue mixed with itself, and the mean of l; l of single dimensions is drawn block by block"
+        "The queue mixed with itself, and one l; the l of single dimensions are drawn block by block"
         perm = torch.randperm(len(keys), generator=self.generator, device=keys.device)
         if self.level != "dimension" or keys.requires_grad:
             lam = self._draw(self.alpha_neg, keys)
-            return self._norm(interpolate(keys, lam, perm)), lam.mean()
-        keys_hat, total = torch.empty_like(keys), 0
+            return self._norm(interpolate(keys, lam, perm)), lam.flatten()[0]
+        keys_hat, first = torch.empty_like(keys), None
         for old, new, partner in row_blocks(keys, keys_hat, perm):
-            lam = self._draw(self.alpha_neg, old); total = total + lam.sum()
+            lam = self._draw(self.alpha_neg, old)
+            first = lam[0, 0] if first is None else first
             torch.lerp(keys.index_select(0, partner), old, lam, out=new)
             if self.renormalize: new.copy_(self._norm(new))
-        return keys_hat, total / keys.numel()
+        return keys_hat, first
 
     def forward(self,
         q: Tensor,  # (B, D)
@@ -117,7 +119,7 @@ class FeatureTransform(nn.Module):
         if "pos" in self.mixing:
             lam = 1 + self.strength * self._draw(self.alpha, q)
             q, k = map(self._norm, extrapolate(q, k, lam))
-            self.l_ex = lam.mean()
+            self.l_ex = lam.flatten()[0]
             if self.detach_key: k = k.detach()
         if "neg" in self.mixing: keys, self.l_in = self._mix(keys)
         return q, k, keys
