@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['ORDER', 'VIEWS', 'MIX', 'WEIGHTS', 'QUEUE', 'HOLDOUT', 'CHECKPOINT', 'TRANSFORMATION', 'seeded', 'cosine_lr',
            'shuffled', 'images', 'check_fit', 'State', 'build', 'begin', 'train_step', 'check_finite', 'stop_signal',
-           'halted', 'train_epoch', 'end_epoch', 'save_checkpoint', 'read_checkpoint', 'part', 'load_checkpoint',
-           'load_encoder', 'describe', 'train_to_end', 'check', 'pretrain', 'evaluate_checkpoint', 'arms']
+           'halted', 'train_epoch', 'end_epoch', 'save_checkpoint', 'read_note', 'read_checkpoint', 'same_run', 'part',
+           'load_checkpoint', 'load_encoder', 'describe', 'train_to_end', 'check', 'pretrain', 'milestones',
+           'evaluate_checkpoint', 'arms']
 
 # %% ../nbs/09_train.ipynb #2a063510
 import json, math, os, signal, tempfile, threading, time
@@ -142,12 +143,13 @@ def train_step(
     lr = cosine_lr(s.params["lr"], s.step, steps)
     for group in s.optimizer.param_groups: group["lr"] = lr
     seeded(s.method.transform.generator, s.params["seed"], MIX, s.step)
-    out = s.method(v1, v2, mix)
+    recorded = s.step % s.params["record_every"] == 0
+    out = s.method(v1, v2, mix, before=recorded)
     accelerator.backward(out.loss)
     s.optimizer.step(); s.optimizer.zero_grad()
     s.method.update(out.k)
     s.losses.append(out.loss.detach())
-    if s.step % s.params["record_every"] == 0:
+    if recorded:
         before = out.before or (out.pos, out.neg)
         s.recorder.record(s.step, out.pos, out.neg, before, loss=out.loss, lr=lr, l_ex=out.l_ex, l_in=out.l_in)
     s.step += 1
@@ -236,20 +238,36 @@ def save_checkpoint(
     with replacing(path) as part: part.write_bytes(data)
 
 # %% ../nbs/09_train.ipynb #38b6566a
-def read_checkpoint(
-    path: str,  # Ends in `.safetensors`
-) -> tuple[dict, dict]:  # Tensors, note
-    "What `save_checkpoint` wrote; raises `InputError` for a missing, truncated or foreign file"
+def read_note(
+    path: str,  # A checkpoint, ends in `.safetensors`
+) -> dict:  # Parameters, step, epochs, ...
+    "What a checkpoint says of itself; raises `InputError` for a missing, truncated or foreign file"
     try:
-        with safe_open(path, "pt") as f:
-            meta, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+        with safe_open(path, "pt") as f: meta = f.metadata() or {}
     except Exception as e:
         raise InputError(f"the checkpoint {path} cannot be read ({e}): it is missing, truncated or no safetensors file."
                          ) from None
     note = json.loads(meta.get("state", "{}")) if CHECKPOINT.items() <= meta.items() else {}
     if not {"params", "step", "epochs", "seconds", "n_train", "made_with", "columns"} <= note.keys():
         raise InputError(f"{path} is not a checkpoint of ftcl, schema {CHECKPOINT['schema']}: something else wrote it.")
-    return tensors, note
+    return note
+
+# %% ../nbs/09_train.ipynb #8f6c679d
+def read_checkpoint(
+    path: str,  # Ends in `.safetensors`
+) -> tuple[dict, dict]:  # Tensors, note
+    "What `save_checkpoint` wrote; raises `InputError` as `read_note` does"
+    note = read_note(path)
+    with safe_open(path, "pt") as f: return {k: f.get_tensor(k) for k in f.keys()}, note
+
+# %% ../nbs/09_train.ipynb #3dedd2f3
+def same_run(
+    p: dict,  # Parameters of a run
+    path: Path,  # Where its checkpoint goes
+):
+    "Raise `InputError` if the checkpoint of another run, or a file that is none, lies there"
+    if path.exists() and (d := difference(p, read_note(path)["params"], pretrain)):
+        raise InputError(f"{path} was made with {d}: give the same parameters, another `out` or `name`, or remove it.")
 
 # %% ../nbs/09_train.ipynb #57422c9d
 def part(
@@ -264,10 +282,8 @@ def load_checkpoint(
     s: State,  # Filled in place
     path: Path,
 ):
-    "Take a run up where `save_checkpoint` left it; raises `InputError` if it was made with other parameters"
+    "Take a run up where `save_checkpoint` left it; raises `InputError` if it was made with other images"
     tensors, note = read_checkpoint(path)
-    if d := difference(s.params, note["params"], pretrain):
-        raise InputError(f"{path} was made with {d}: give the same parameters, another `out` or `name`, or remove it.")
     if note["n_train"] != s.n_train:
         raise InputError(f"{path} was made with {note['n_train']} images, but now there are {s.n_train}.")
     s.method.load_state_dict(part(tensors, "method."))
@@ -383,6 +399,7 @@ def pretrain(
     if precision == "auto": p["precision"] = native_precision()
     record = earlier(p, Path(out) / f"{name}.json", pretrain)
     if resume and record: return record
+    same_run(p, Path(out) / f"{name}.safetensors")
     s, accelerator = begin(p)
     train, test = images(p)
     if len(train) < batch_size: raise InputError(f"batch_size is {batch_size}, but there are {len(train)} images.")
@@ -394,6 +411,13 @@ def pretrain(
     s.recorder.save(path.with_suffix(".parquet"))
     write_record(record, path)
     return record
+
+# %% ../nbs/09_train.ipynb #eb26e27c
+def milestones(
+    epochs: int,  # Of a linear readout
+) -> list:  # Epochs
+    "Where the papers lower the rate of a readout, for one of any length: after 1/2, 2/3 and 5/6 of it"
+    return [epochs * i // 12 for i in (6, 8, 10) if epochs * i >= 12]
 
 # %% ../nbs/09_train.ipynb #4380bf36
 def evaluate_checkpoint(
@@ -418,9 +442,8 @@ def evaluate_checkpoint(
     metrics = {f"knn_{o}": knn_accuracy(encoder, train, test, o, k, t, precision) for o in ("backbone", "projection")}
     metrics["logreg_backbone"] = linear_logreg(encoder, train, test, precision=precision)
     if linear_epochs:
-        drops = [linear_epochs * i // 12 for i in (6, 8, 10) if linear_epochs * i >= 12]
-        metrics["linear_backbone"] = linear_sgd(encoder, train, test, linear_epochs, linear_lr, drops, seed=seed,
-                                                precision=precision)
+        metrics["linear_backbone"] = linear_sgd(encoder, train, test, linear_epochs, linear_lr,
+                                                milestones(linear_epochs), seed=seed, precision=precision)
     record = dict(schema=SCHEMA, name=name, parameters=deciding(p), pretrained=deciding(trained), metrics=metrics,
                   measured_on="test split", n_train=len(train), n_test=len(test), classes=len(train.classes),
                   **provenance(next(encoder.parameters()).device))
