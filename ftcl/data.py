@@ -138,7 +138,10 @@ def _decode(
     "One image as RGB; greyscale, palette and CMYK images are converted"
     from PIL import Image, ImageOps
     if item is None: raise InputError(f"{what} is missing. Remove its row.")
-    try: im = Image.open(io.BytesIO(item["bytes"]) if item["bytes"] else item["path"]).convert("RGB")
+    try:
+        im = ImageOps.exif_transpose(Image.open(io.BytesIO(item["bytes"]) if item["bytes"] else item["path"]))
+        if im.mode.startswith("I"): im = Image.fromarray((np.asarray(im) / 257).round().astype(np.uint8))  # 16 bits
+        im = im.convert("RGB")
     except Exception as e:
         why = str(e).split(" <")[0].split(" '")[0]
         where = item["path"] or "embedded"

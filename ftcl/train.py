@@ -425,7 +425,7 @@ def evaluate_checkpoint(
     dataset: str = "",  # `shapes`, a folder, or a Hugging Face id; empty: what the encoder was pretrained on
     n_images: int = 0,  # Read out from n of the training images; 0: all
     k: int = 200, t: float = .1,  # Neighbours and temperature of kNN
-    linear_epochs: int = 60, linear_lr: float = 30.,  # Of the SGD readout; 0 epochs leave it out
+    linear_epochs: int = 60, linear_lr: float = 3.,  # Of the SGD readout; 0 epochs leave it out
     precision: str = "auto",  # As in `pretrain`
     seed: int = 0,  # Of the SGD readout
     out: str = "runs", name: str = "evaluate",  # Folder and file name of the record

@@ -210,7 +210,7 @@ def plot_scores(
     before: bool = False,  # The scores before the transformation
 ):  # Figure
     "Score statistics against iteration, one line a setting, the band spans the seeds"
-    columns = {f"before_{c}" if before else c: label for c, label in columns.items()}
+    if before: columns = {f"before_{c}": label.replace("inner product", "cosine") for c, label in columns.items()}
     data = join_scores(runs, columns=columns)
     fig, axes = plt.subplots(1, len(columns), figsize=(2.9 * len(columns), 3), layout="constrained", squeeze=False)
     for ax, (column, label) in zip(axes[0], columns.items()):

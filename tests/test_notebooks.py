@@ -69,7 +69,7 @@ def test_parameters_are_those_of_the_function(name):
     left_out = {"pretrain": {"progress", "stop_after"}, "evaluate": set(), "ablation": {"progress", "stop_after", "name", "checkpoint_every"}}[name]
     assert set(given) == set(known) - left_out
     assert {n: type(v) for n, v in given.items()} == {n: type(known[n]) for n in given}
-    own = {"pretrain": {"mixing", "epochs", "knn_every"}, "ablation": {"mixing", "epochs", "knn_every", "out"}, "evaluate": {"linear_epochs", "linear_lr"}}[name]
+    own = {"pretrain": {"mixing", "epochs", "knn_every"}, "ablation": {"mixing", "epochs", "knn_every", "out"}, "evaluate": {"linear_epochs"}}[name]
     assert {n for n, v in given.items() if v != known[n]} <= own
 
 
