@@ -99,18 +99,29 @@ pretrain(n_images=2048, epochs=3, batch_size=64, queue_size=256, mixing="posneg"
 """
 
 
-def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
-    start = lambda name: subprocess.Popen([sys.executable, "-c", RUN.format(out=str(tmp_path), name=name)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    assert start("whole").wait() == 0
-    run = start("parts-0.2")
+def start(folder, name):
+    return subprocess.Popen([sys.executable, "-c", RUN.format(out=str(folder), name=name)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "A run that nothing interrupts"
+    folder = tmp_path_factory.mktemp("whole")
+    assert start(folder, "whole").wait() == 0
+    return folder / "whole.safetensors"
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_goes_on_where_it_was(whole, tmp_path, stop):
+    run = start(tmp_path, "parts-0.2")
     shown = ""
     while not re.search(r"[1-9][\d.]*k?/6\.", shown):  # until the bar shows a step
         assert (more := run.stderr.read(1)), f"the run ended before it could be interrupted: {shown}"
         shown += more
-    run.send_signal(signal.SIGINT)
+    run.send_signal(stop)
     assert "KeyboardInterrupt: stopped after step" in run.stderr.read() and run.wait() != 0
     stopped = read_checkpoint(tmp_path / "parts-0.2.safetensors")[1]["step"]
     assert 0 < stopped < 96 and not (tmp_path / "parts-0.2.json").exists()
-    assert start("parts-0.2").wait() == 0
-    (a, _), (b, _) = (read_checkpoint(tmp_path / f"{n}.safetensors") for n in ("whole", "parts-0.2"))
+    assert start(tmp_path, "parts-0.2").wait() == 0
+    (a, _), (b, _) = (read_checkpoint(p) for p in (whole, tmp_path / "parts-0.2.safetensors"))
     assert a.keys() == b.keys() and all(a[k].numpy().tobytes() == b[k].numpy().tobytes() for k in a)
