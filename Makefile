@@ -39,4 +39,4 @@ readme: $(READY) ## README.md from nbs/index.ipynb
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --no-input --stdout nbs/index.ipynb | sed 's#\.\./#./#g' | cat -s > $(README).md
 
 lab: $(READY) ## open the notebooks in JupyterLab
-	$(BIN)/jupyter lab nbs
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb

@@ -119,11 +119,12 @@ SHAPES_SIZES = {"train": 4096, "test": 1024}
 def _source(name):
     "The folder or hub id that `name` stands for"
     home = os.environ.get("FTCL_DATA", "")
+    if home and not os.path.isdir(home): raise InputError(f"$FTCL_DATA is {home!r}, but must be a folder.")
     for folder in ([Path(home) / name] if home else []) + [Path(name)]:
-        if name and folder.is_dir(): return str(folder)
+        if name and os.path.isdir(folder): return str(folder)
     if name in HUB: return HUB[name]
     if name.count("/") == 1 and name[0] not in "./~": return name
-    inside = [p.name for p in Path(home).iterdir() if p.is_dir()] if home and Path(home).is_dir() else []
+    inside = [p.name for p in Path(home).iterdir() if p.is_dir()] if home else []
     where = f"a folder in FTCL_DATA ({home})" if home else "a folder in $FTCL_DATA (not set)"
     raise InputError(f"dataset {name!r} was not found: it must be 'shapes', {where}, the path of a folder of images "
                      f"or parquet files, or a Hugging Face id like 'uoft-cs/cifar10'."
@@ -140,6 +141,7 @@ def _decode(
     if item is None: raise InputError(f"{what} is missing. Remove its row.")
     try:
         im = ImageOps.exif_transpose(Image.open(io.BytesIO(item["bytes"]) if item["bytes"] else item["path"]))
+        if im.mode == "F": raise ValueError("its pixels are floating-point numbers")
         if im.mode.startswith("I"): im = Image.fromarray((np.asarray(im) / 257).round().astype(np.uint8))  # 16 bits
         im = im.convert("RGB")
     except Exception as e:
@@ -169,6 +171,9 @@ def _open(name, split):
         with _quiet():
             splits = get_dataset_split_names(source)
             stand_in = {"test": "validation"} if "validation" in splits and "test" not in splits else {}
+            if split == "test" and not {"test", "validation"} & set(splits):
+                raise InputError(f"dataset {name!r} has no test split, only {', '.join(splits)}: set `holdout` to measure "
+                                 "on training images, or put its images into the folders train and test.")
             return load_dataset(source, split=stand_in.get(split, one_of("split", split, [*splits, *stand_in])))
     except InputError: raise
     except Exception as e:
@@ -189,8 +194,8 @@ def load(
     data = _open(name, split)
     image, label = ([c for c, f in data.features.items() if isinstance(f, kind)] for kind in (Image, ClassLabel))
     if not image or not label:
-        raise InputError(f"dataset {name!r} needs an image column and a label column (datasets.Image and ClassLabel), "
-                         f"but has {', '.join(f'{c} ({type(f).__name__})' for c, f in data.features.items())}.")
+        raise InputError(f"dataset {name!r} needs an image column and a label column (datasets.Image and ClassLabel; a "
+                         f"folder of images: two or more folders of classes), but has {', '.join(f'{c} ({type(f).__name__})' for c, f in data.features.items())}.")
     column = data.cast_column(image[0], Image(decode=False))[image[0]]
     x = [_decode(o, f"{name}/{split} image {i}", size) for i, o in enumerate(column)]
     if len({o.shape for o in x}) > 1:

@@ -40,12 +40,12 @@ def check_types(
 
 # %% ../nbs/08_record.ipynb #1fc3c1af
 RANGES = dict(  # least and greatest value
-    epochs=(1, None), batch_size=(2, None), lr=(0, None), weight_decay=(0, None), momentum=(0, 1), tau=(1e-6, None),
-    tau_pos=(0, None), queue_size=(1, None), dim=(1, None), bn_splits=(1, None), alpha=(1e-6, None),
+    epochs=(1, None), batch_size=(2, 2**20), lr=(0, 1e6), weight_decay=(0, 1e6), momentum=(0, 1), tau=(1e-6, None),
+    tau_pos=(0, None), queue_size=(1, 2**24), dim=(1, 2**16), bn_splits=(1, None), alpha=(1e-6, None),
     alpha_neg=(1e-6, None), strength=(1e-6, 1), start_epoch=(0, None), n_images=(0, None),
     holdout=(0, None), knn_every=(0, None), record_every=(1, None), checkpoint_every=(0, None), stop_after=(0, None),
-    seed=(0, 2**31), size=(0, None), seeds=(1, None), k=(1, None), t=(1e-6, None),
-    linear_epochs=(0, None), linear_lr=(0, None))
+    seed=(0, 2**31), size=(0, 4096), seeds=(1, None), k=(1, None), t=(1e-6, None),
+    linear_epochs=(0, None), linear_lr=(0, 1e6))
 CHOICES = dict(mixing=MIXINGS, level=LEVELS, encoder=ENCODERS, stem=STEMS, method=METHODS,
                augmentation=["", *AUGMENTATIONS], neg_query=NEG_QUERIES, precision=["auto", *PRECISIONS])
 
@@ -119,7 +119,8 @@ def read_record(
     "A run's record; raises `InputError` for a missing or foreign file, or another schema"
     try: record = json.loads(Path(path).read_text())
     except (OSError, ValueError) as e: raise InputError(f"the record {path} cannot be read: {e}.") from None
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA or not {"parameters", "metrics"} <= record.keys():
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA or not all(
+            isinstance(record.get(key), dict) for key in ("parameters", "metrics")):
         raise InputError(f"{path} is not a record of schema {SCHEMA}: make it anew by running its notebook.")
     return record
 
@@ -159,12 +160,17 @@ def earlier(
 # %% ../nbs/08_record.ipynb #7611246f
 def writable(
     out: str,  # A folder, made if missing
-    name: str,
+    name: str,  # A file name without its ending
 ) -> Path:  # out/name.json
-    "Where a run's record goes; raises `InputError` where nothing can be written"
+    "Where a run's record goes; raises `InputError` where a run's files cannot be written"
+    if not name or Path(name).name != name:
+        raise InputError(f"name is {name!r}, but must be a file name; folders go into `out`.")
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out): pass
-    except OSError as e:
-        raise InputError(f"the output folder {out!r} cannot be written to ({e.strerror}): give another.") from None
+        for path in [Path(out) / f"{name}.{ending}" for ending in ("json", "parquet", "safetensors")]:
+            if path.is_dir(): raise IsADirectoryError(0, f"{path.name} is a folder")
+            with tempfile.NamedTemporaryFile(dir=out, prefix=path.name): pass
+    except (OSError, ValueError) as e:
+        why = getattr(e, "strerror", None) or e
+        raise InputError(f"{name!r} cannot be written to the output folder {out!r} ({why}): give another.") from None
     return Path(out) / f"{name}.json"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ORDER', 'VIEWS', 'MIX', 'WEIGHTS', 'QUEUE', 'HOLDOUT', 'CHECKPOINT', 'TRANSFORMATION', 'seeded', 'cosine_lr',
            'shuffled', 'images', 'check_fit', 'State', 'build', 'begin', 'train_step', 'check_finite', 'stop_signal',
-           'halted', 'train_epoch', 'end_epoch', 'save_checkpoint', 'read_note', 'read_checkpoint', 'same_run', 'part',
+           'halted', 'train_epoch', 'end_epoch', 'save_checkpoint', 'read_note', 'read_checkpoint', 'same_run', 'fill',
            'load_checkpoint', 'load_encoder', 'describe', 'train_to_end', 'check', 'pretrain', 'milestones',
            'evaluate_checkpoint', 'arms']
 
@@ -84,8 +84,8 @@ def check_fit(
         raise InputError(f"start_epoch is {p['start_epoch']}, but must be below epochs, {p['epochs']}.")
     if p["batch_size"] % p["bn_splits"]:
         raise InputError(f"bn_splits is {p['bn_splits']}, but must divide batch_size, {p['batch_size']}.")
-    if not p["name"] or Path(p["name"]).name != p["name"]:
-        raise InputError(f"name is {p['name']!r}, but must be a file name; folders go into `out`.")
+    if p["batch_size"] == p["bn_splits"]:
+        raise InputError(f"bn_splits is {p['bn_splits']}, but must leave 2 images or more of {p['batch_size']} to a part.")
 
 # %% ../nbs/09_train.ipynb #98814b87
 @dataclass
@@ -247,8 +247,10 @@ def read_note(
     except Exception as e:
         raise InputError(f"the checkpoint {path} cannot be read ({e}): it is missing, truncated or no safetensors file."
                          ) from None
-    note = json.loads(meta.get("state", "{}")) if CHECKPOINT.items() <= meta.items() else {}
-    if not {"params", "step", "epochs", "seconds", "n_train", "made_with", "columns"} <= note.keys():
+    try: note = json.loads(meta["state"]) if CHECKPOINT.items() <= meta.items() else {}
+    except (KeyError, ValueError): note = {}
+    kinds = dict(params=dict, step=int, epochs=list, seconds=float, n_train=int, made_with=list, columns=list)
+    if not (isinstance(note, dict) and all(isinstance(note.get(k), kind) for k, kind in kinds.items())):
         raise InputError(f"{path} is not a checkpoint of ftcl, schema {CHECKPOINT['schema']}: something else wrote it.")
     return note
 
@@ -270,12 +272,18 @@ def same_run(
         raise InputError(f"{path} was made with {d}: give the same parameters, another `out` or `name`, or remove it.")
 
 # %% ../nbs/09_train.ipynb #57422c9d
-def part(
-    tensors: dict,
-    prefix: str,
-) -> dict:
-    "The tensors whose names begin with `prefix`, without it"
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+def fill(
+    module: torch.nn.Module,
+    tensors: dict,  # Of a checkpoint
+    prefix: str,  # Of their names
+    path: str,  # Names the checkpoint in an error
+):
+    "Load a module's state; raises `InputError` if the checkpoint lacks a part of it"
+    state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    try: module.load_state_dict(state)
+    except RuntimeError as e:
+        raise InputError(f"the checkpoint {path} does not fit its own parameters: {str(e).splitlines()[-1].strip()}"
+                         ) from None
 
 # %% ../nbs/09_train.ipynb #906868a5
 def load_checkpoint(
@@ -286,7 +294,7 @@ def load_checkpoint(
     tensors, note = read_checkpoint(path)
     if note["n_train"] != s.n_train:
         raise InputError(f"{path} was made with {note['n_train']} images, but now there are {s.n_train}.")
-    s.method.load_state_dict(part(tensors, "method."))
+    fill(s.method, tensors, "method.", path)
     for i, w in enumerate(s.optimizer.param_groups[0]["params"]):
         old = tensors.get(f"sgd.{i}")
         if old is not None: s.optimizer.state[w]["momentum_buffer"] = torch.empty_like(w).copy_(old)
@@ -303,7 +311,7 @@ def load_encoder(
     "The query encoder of a checkpoint"
     tensors, note = read_checkpoint(path); p = note["params"]
     encoder = Encoder(p["encoder"], METHODS[p["method"]]["head"], p["dim"], p["stem"], p["bn_splits"])
-    encoder.load_state_dict(part(tensors, "method.encoder."))
+    fill(encoder, tensors, "method.encoder.", path)
     return encoder.eval(), p
 
 # %% ../nbs/09_train.ipynb #81d567ec
@@ -338,7 +346,8 @@ def train_to_end(
             if s.step % per_epoch == 0: end_epoch(s, train, test, bar)
             every = per_epoch * p["checkpoint_every"]
             if every and s.step % every == 0 and s.step < total: save_checkpoint(s, checkpoint)
-        if s.step < total: checkpoint.with_suffix(".json").unlink(missing_ok=True)  # an earlier run's record
+        if s.step < total:  # the record of an earlier, finished run is not that of this one
+            for ending in (".json", ".parquet"): checkpoint.with_suffix(ending).unlink(missing_ok=True)
         save_checkpoint(s, checkpoint)
     if stopped: raise KeyboardInterrupt(f"stopped after step {s.step}; resume=True goes on from {checkpoint}")
     return s.step == total
@@ -389,7 +398,7 @@ def pretrain(
     out: str = "runs",  # Folder of the record and the checkpoint
     name: str = "pretrain",  # Their file name
     resume: bool = False,  # Go on from the checkpoint, if there is one
-    checkpoint_every: int = 0,  # Epochs between checkpoints; 0: at the end only
+    checkpoint_every: int = 1,  # Epochs between checkpoints; 0: at the end only
     stop_after: int = 0,  # Stop with a checkpoint after this many steps; 0: run to the end
     progress: bool = True,  # Show a progress bar
 ) -> dict | None:  # The record, as in `<out>/<name>.json`; None if `stop_after` came first
@@ -399,15 +408,16 @@ def pretrain(
     if precision == "auto": p["precision"] = native_precision()
     record = earlier(p, Path(out) / f"{name}.json", pretrain)
     if resume and record: return record
-    same_run(p, Path(out) / f"{name}.safetensors")
+    path = writable(out, name)
+    same_run(p, path.with_name(f"{name}.safetensors"))
     s, accelerator = begin(p)
     train, test = images(p)
     if len(train) < batch_size: raise InputError(f"batch_size is {batch_size}, but there are {len(train)} images.")
-    path = writable(out, name)
     s.n_train, checkpoint = len(train), path.with_suffix(".safetensors")
     if resume and checkpoint.exists(): load_checkpoint(s, checkpoint)
     if not train_to_end(s, train.to(accelerator.device), test, accelerator, checkpoint): return None
     record = describe(s, train, test)
+    earlier(p, path, pretrain)  # another process may have come first
     s.recorder.save(path.with_suffix(".parquet"))
     write_record(record, path)
     return record
@@ -435,10 +445,11 @@ def evaluate_checkpoint(
     check_types(p, defaults(evaluate_checkpoint)); check_values(p)
     precision = p["precision"] = native_precision() if precision == "auto" else precision
     encoder, trained = load_encoder(checkpoint)
-    earlier(p, Path(out) / f"{name}.json", evaluate_checkpoint)
+    path = writable(out, name)
+    earlier(p, path, evaluate_checkpoint)
     wanted = dict(dataset=dataset or trained["dataset"], holdout=0, n_images=n_images)
     train, test = images(trained | wanted)
-    path, encoder = writable(out, name), encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     metrics = {f"knn_{o}": knn_accuracy(encoder, train, test, o, k, t, precision) for o in ("backbone", "projection")}
     metrics["logreg_backbone"] = linear_logreg(encoder, train, test, precision=precision)
     if linear_epochs:

@@ -66,7 +66,7 @@ def test_a_function_stays_short(path):
 def test_parameters_are_those_of_the_function(name):
     given, known = parameters(name), record.defaults(RUN[name])
     known |= {"seeds": 3} if name == "ablation" else {}
-    left_out = {"pretrain": {"progress", "stop_after"}, "evaluate": set(), "ablation": {"progress", "stop_after", "name", "checkpoint_every"}}[name]
+    left_out = {"pretrain": {"progress", "stop_after"}, "evaluate": set(), "ablation": {"progress", "stop_after", "name"}}[name]
     assert set(given) == set(known) - left_out
     assert {n: type(v) for n, v in given.items()} == {n: type(known[n]) for n in given}
     own = {"pretrain": {"mixing", "epochs", "knn_every"}, "ablation": {"mixing", "epochs", "knn_every", "out"}, "evaluate": {"linear_epochs"}}[name]
