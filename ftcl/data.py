@@ -172,8 +172,8 @@ def _open(name, split):
             splits = get_dataset_split_names(source)
             stand_in = {"test": "validation"} if "validation" in splits and "test" not in splits else {}
             if split == "test" and not {"test", "validation"} & set(splits):
-                raise InputError(f"dataset {name!r} has no test split, only {', '.join(splits)}: set `holdout` to measure "
-                                 "on training images, or put its images into the folders train and test.")
+                raise InputError(f"dataset {name!r} has no test split, only {', '.join(splits)}: set `holdout` to "
+                                 "measure on training images, or put its images into the folders train and test.")
             return load_dataset(source, split=stand_in.get(split, one_of("split", split, [*splits, *stand_in])))
     except InputError: raise
     except Exception as e:
@@ -194,8 +194,9 @@ def load(
     data = _open(name, split)
     image, label = ([c for c, f in data.features.items() if isinstance(f, kind)] for kind in (Image, ClassLabel))
     if not image or not label:
-        raise InputError(f"dataset {name!r} needs an image column and a label column (datasets.Image and ClassLabel; a "
-                         f"folder of images: two or more folders of classes), but has {', '.join(f'{c} ({type(f).__name__})' for c, f in data.features.items())}.")
+        has = ", ".join(f"{c} ({type(f).__name__})" for c, f in data.features.items())
+        raise InputError(f"dataset {name!r} needs an image column and a label column (datasets.Image and ClassLabel; "
+                         f"in a folder of images: two or more folders of classes), but has {has}.")
     column = data.cast_column(image[0], Image(decode=False))[image[0]]
     x = [_decode(o, f"{name}/{split} image {i}", size) for i, o in enumerate(column)]
     if len({o.shape for o in x}) > 1:

@@ -92,6 +92,7 @@ def streamed_info_nce(
 ) -> Tensor:  # Scalar, in nats; differentiable once; raises `InputError` if `keys` needs a gradient
     "`info_nce(*scores(q, k, keys, q_neg), tau)` without the scores"
     positive("tau", tau)
-    if keys.requires_grad: raise InputError("keys needs a gradient, which is not streamed: take info_nce(*scores(...)).")
+    if keys.requires_grad:
+        raise InputError("keys needs a gradient, which is not streamed: take info_nce(*scores(...)).")
     soft_max = _Attention.apply(q if q_neg is None else q_neg, keys, tau)
     return -F.logsigmoid((q * k).sum(1) / tau - soft_max).mean()
