@@ -85,7 +85,7 @@ def check_fit(
     if p["batch_size"] % p["bn_splits"]:
         raise InputError(f"bn_splits is {p['bn_splits']}, but must divide batch_size, {p['batch_size']}.")
     if p["batch_size"] == p["bn_splits"]:
-        raise InputError(f"bn_splits is {p['bn_splits']}, but must leave 2 or more of {p['batch_size']} images to each.")
+        raise InputError(f"bn_splits is {p['bn_splits']}, but must leave 2 or more of {p['batch_size']} images each.")
 
 # %% ../nbs/09_train.ipynb #98814b87
 @dataclass
