@@ -310,6 +310,20 @@ def _apply(x, rows, cols, colour, share):
     return x.clamp_(0, 1).view(b, 3, rows.shape[1], -1)  # (B, 3, S, S)
 
 # %% ../nbs/00_data.ipynb #0e4222a2
+def _views(x, crop, u, how, size):
+    "One view of each image of x (b, 3, H, W), by its crop (b, 4) and nine random numbers u (9, b)"
+    strengths, on = (how.brightness, how.contrast, how.saturation), u[0] < how.jitter
+    bright, contrast, vivid = (torch.where(on, 1 + s * (2 * o - 1), 1.) for s, o in zip(strengths, u[1:]))
+    vivid = torch.where(u[4] < how.grey, 0., vivid)
+    hue = torch.where(on, how.hue * (2 * u[5] - 1), 0.)
+    rows, cols = (resize_matrix(crop[:, i], crop[:, i + 2], n, size) for i, n in enumerate(x.shape[2:]))
+    cols = torch.where((u[8] < how.flip)[:, None, None], cols.flip(1), cols)
+    if how.blur:
+        sigma = (how.sigma[0] + u[7] * (how.sigma[1] - how.sigma[0])) * size / 224
+        blur = blur_matrix(torch.where(u[6] < how.blur, sigma, 0.), size)
+        rows, cols = blur @ rows, blur @ cols
+    return _apply(x, rows, cols, colour_matrix(bright, contrast, vivid, hue), bright * (1 - contrast))
+
 def augment(
     x: Tensor,  # (B, 3, H, W) uint8
     how: Augmentation,
@@ -320,18 +334,8 @@ def augment(
     b, _, h, w = x.shape; size = size or h
     crop = draw_crops(b, h, w, how.area, how.ratio, generator, x.device)
     u = torch.rand(9, b, generator=generator, device=x.device)
-    strengths = how.brightness, how.contrast, how.saturation
-    on = u[0] < how.jitter
-    bright, contrast, vivid = (torch.where(on, 1 + s * (2 * o - 1), 1.) for s, o in zip(strengths, u[1:]))
-    vivid = torch.where(u[4] < how.grey, 0., vivid)
-    hue = torch.where(on, how.hue * (2 * u[5] - 1), 0.)
-    rows, cols = (resize_matrix(crop[:, i], crop[:, i + 2], n, size) for i, n in enumerate((h, w)))
-    cols = torch.where((u[8] < how.flip)[:, None, None], cols.flip(1), cols)
-    if how.blur:
-        sigma = (how.sigma[0] + u[7] * (how.sigma[1] - how.sigma[0])) * size / 224
-        blur = blur_matrix(torch.where(u[6] < how.blur, sigma, 0.), size)
-        rows, cols = blur @ rows, blur @ cols
-    return _apply(x, rows, cols, colour_matrix(bright, contrast, vivid, hue), bright * (1 - contrast))
+    n = max(2**18 // (h * w * 3), 1) if x.device.type == "cpu" else b  # images that fit a core's cache together
+    return torch.cat([_views(*o, how, size) for o in zip(x.split(n), crop.split(n), u.split(n, 1))])
 
 # %% ../nbs/00_data.ipynb #4252dea1
 def two_views(
