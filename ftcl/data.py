@@ -329,11 +329,13 @@ def augment(
     how: Augmentation,
     size: int | None = None,  # Side of the result; None: the height of `x`
     generator=None,  # On the device of `x`
+    rows: Tensor | None = None,  # (b,) make the views of these images alone, the same as among all; None: all
 ) -> Tensor:  # (B, 3, size, size) in [0, 1]
     "Every image cropped, flipped, coloured and blurred with random numbers of its own"
     b, _, h, w = x.shape; size = size or h
     crop = draw_crops(b, h, w, how.area, how.ratio, generator, x.device)
     u = torch.rand(9, b, generator=generator, device=x.device)
+    if rows is not None: x, crop, u = x[rows], crop[rows], u[:, rows]
     n = max(2**18 // (h * w * 3), 1) if x.device.type == "cpu" else b  # images that fit a core's cache together
     return torch.cat([_views(*o, how, size) for o in zip(x.split(n), crop.split(n), u.split(n, 1))])
 
@@ -343,9 +345,11 @@ def two_views(
     how: Augmentation,
     size: int | None = None,  # As in `augment`
     generator=None,
+    rows: Tensor | None = None,  # As in `augment`: the images of one of many processes
 ) -> tuple[Tensor, Tensor]:  # each (B, 3, size, size)
     "Two independent augmentations of each image, made as one batch of 2B and normalised"
-    return normalise(augment(x.repeat(2, 1, 1, 1), how, size, generator)).chunk(2)
+    both = None if rows is None else torch.cat([rows, len(x) + rows])
+    return normalise(augment(x.repeat(2, 1, 1, 1), how, size, generator, both)).chunk(2)
 
 # %% ../nbs/00_data.ipynb #4e7627e5
 def show_views(

@@ -60,15 +60,25 @@ class MoCo(nn.Module):
         self.tau, self.tau_pos = tau, tau_pos
         self.neg_query = one_of("neg_query", neg_query, NEG_QUERIES)
         self.bf16 = one_of("precision", precision, PRECISIONS) == "bf16"
+        self.gather, self.share = None, (0, 1)  # see `together`
+
+    def together(self,
+        gather,  # Joins a tensor of every process along its first dimension
+        rank: int, of: int,  # Number of this process, and how many there are
+    ):
+        "Make this one of many processes that share every batch and hold the same queue"
+        self.gather, self.share = gather, (rank, of)
+        self.transform.share = self.share
 
     def encode_keys(self,
-        v: Tensor,  # (B, 3, H, W)
-    ) -> Tensor:  # (B, D), in the order of v
-        "Keys of a view; the batch is dealt out, so that a part of a SplitBN shares few images with the queries' parts"
-        parts = self.encoder.bn_splits
+        v: Tensor,  # (b, 3, H, W), this process's share of the batch
+    ) -> Tensor:  # (B, D) keys of the whole batch, in its order
+        "Keys of a view; the batch is dealt out, so that its parts share few images with the parts of the queries"
+        gather, (rank, of) = self.gather or (lambda x: x), self.share
+        v, parts = gather(v), self.encoder.bn_splits * of
         if parts == 1: return self.key_encoder(v)
         deal = torch.arange(len(v), device=v.device).view(parts, -1).T.flatten()
-        return self.key_encoder(v[deal])[deal.argsort()]
+        return gather(self.key_encoder(v[deal.chunk(of)[rank]]))[deal.argsort()]
 
     def contrast(self,
         q: Tensor,  # (B, D) queries
@@ -97,7 +107,9 @@ class MoCo(nn.Module):
             qs = [self.encoder(a) for a, _ in pairs]
             with torch.no_grad(): ks = [self.encode_keys(b) for _, b in pairs]
         with torch.autocast(v1.device.type, enabled=False):
-            after, plain, drawn = zip(*[self.contrast(q, k, mix, before) for q, k in zip(qs, ks)])
+            rank, of = self.share
+            own = [k.chunk(of)[rank] for k in ks]  # (b, D) each
+            after, plain, drawn = zip(*[self.contrast(q, k, mix, before) for q, k in zip(qs, own)])
             (pos, neg), plain = ([join(o) for o in zip(*pairs)] if pairs[0] else None for pairs in (after, plain))
             l = (math.nan if o is None else o for o in drawn[0])
             return Step(info_nce(pos, neg, self.tau, self.tau_pos), pos, neg, plain, join(ks), *l)

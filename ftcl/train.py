@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'VIEWS', 'MIX', 'WEIGHTS', 'QUEUE', 'HOLDOUT', 'CHECKPOINT', 'TRANSFORMATION', 'seeded', 'cosine_lr',
-           'shuffled', 'images', 'check_fit', 'State', 'build', 'begin', 'train_step', 'check_finite', 'stop_signal',
-           'halted', 'train_epoch', 'end_epoch', 'save_checkpoint', 'read_note', 'read_checkpoint', 'same_run', 'fill',
-           'load_checkpoint', 'load_encoder', 'describe', 'train_to_end', 'check', 'pretrain', 'milestones',
-           'evaluate_checkpoint', 'arms']
+           'shuffled', 'images', 'check_fit', 'State', 'build', 'leave', 'begin', 'train_step', 'check_finite',
+           'stop_signal', 'halted', 'train_epoch', 'statistics', 'end_epoch', 'save_checkpoint', 'read_note',
+           'read_checkpoint', 'same_run', 'fill', 'load_checkpoint', 'load_encoder', 'describe', 'train_to_end',
+           'check', 'finish', 'pretrain', 'milestones', 'evaluate_checkpoint', 'arms']
 
 # %% ../nbs/09_train.ipynb #2a063510
-import json, math, os, signal, tempfile, threading, time
+import atexit, json, math, os, signal, tempfile, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 import safetensors.torch
 from safetensors import safe_open
 from tqdm import tqdm
@@ -25,7 +25,7 @@ from .evaluate import knn_accuracy, linear_logreg, linear_sgd
 from .method import METHODS, MoCo, native_precision
 from .queue import Queue
 from .record import SCHEMA, check_types, check_values, deciding, defaults, difference, earlier
-from .record import provenance, writable, write_record
+from .record import provenance, read_record, writable, write_record
 from .transform import FeatureTransform
 from .visualize import ScoreRecorder, replacing
 
@@ -92,7 +92,9 @@ def check_fit(
 class State:
     "Everything that decides a run's next step, and what it has recorded so far"
     params: dict  # of `pretrain`
+    accelerator: Accelerator
     method: MoCo
+    forward: torch.nn.Module  # the method, wrapped where many processes share its gradients
     optimizer: torch.optim.Optimizer
     recorder: ScoreRecorder
     step: int = 0  # steps done
@@ -106,36 +108,45 @@ class State:
 def build(
     p: dict,  # Parameters of `pretrain`
     generator: torch.Generator,  # Of the transformation
+    of: int = 1,  # Processes, each of which has its share of the parts of a batch
 ) -> MoCo:
     "The method, with initial weights and keys that the seed alone decides"
     how = METHODS[p["method"]]
     with torch.random.fork_rng(devices=[]):
         seeded(torch.default_generator, p["seed"], WEIGHTS)
-        encoder = Encoder(p["encoder"], how["head"], p["dim"], p["stem"], p["bn_splits"])
+        encoder = Encoder(p["encoder"], how["head"], p["dim"], p["stem"], max(p["bn_splits"] // of, 1))
     queue = Queue(p["queue_size"], p["dim"], seeded(torch.Generator(), p["seed"], QUEUE))
     transform = FeatureTransform(p["mixing"], p["level"], p["alpha"], p["alpha_neg"], p["renormalize"], p["strength"],
                                  p["detach_key"], generator)
     return MoCo(encoder, queue, transform, p["momentum"], p["tau"], p["tau_pos"] or None, p["symmetric"],
                 p["neg_query"], p["precision"])
 
+# %% ../nbs/09_train.ipynb #3d03fdb2
+def leave():
+    "Leave the group of processes, so that none is waited for when the program ends"
+    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+
 # %% ../nbs/09_train.ipynb #020e4104
 def begin(
     p: dict,  # Parameters of `pretrain`
-) -> tuple[State, Accelerator]:
-    "A run before its first step"
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")  # the method casts by itself
-    if accelerator.num_processes > 1:
-        raise InputError(f"{accelerator.num_processes} processes were launched, but pretrain runs in one.")
-    method = build(p, torch.Generator(accelerator.device))
+) -> State:
+    "A run before its first step; raises `InputError` if the batch cannot be shared out among the processes"
+    alike = DistributedDataParallelKwargs(broadcast_buffers=False)  # each process has batch statistics of its own
+    a = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=[alike])
+    of = a.num_processes
+    for name in ("batch_size", "bn_splits"):
+        if p[name] % of: raise InputError(f"{name} is {p[name]}, but must be a multiple of the {of} processes.")
+    method = build(p, torch.Generator(a.device), of)
+    if of > 1: method.together(a.gather, a.process_index, of); atexit.register(leave)
     optimizer = torch.optim.SGD(method.encoder.parameters(), p["lr"], momentum=.9, weight_decay=p["weight_decay"])
-    s = State(p, *accelerator.prepare(method, optimizer), ScoreRecorder(), made_with=[provenance(accelerator.device)])
-    return s, accelerator
+    forward, optimizer = a.prepare(method, optimizer)
+    recorder = ScoreRecorder(gather=a.gather if of > 1 else None)
+    return State(p, a, method, forward, optimizer, recorder, made_with=[provenance(a.device)])
 
 # %% ../nbs/09_train.ipynb #6a77bab9
 def train_step(
     s: State,
-    v1: torch.Tensor, v2: torch.Tensor,  # (B, 3, H, W) two views
-    accelerator: Accelerator,
+    v1: torch.Tensor, v2: torch.Tensor,  # (b, 3, H, W) two views of this process's share of the batch
     mix: bool,  # Whether the transformation is on
     steps: int,  # Of the whole run
 ):
@@ -144,14 +155,15 @@ def train_step(
     for group in s.optimizer.param_groups: group["lr"] = lr
     seeded(s.method.transform.generator, s.params["seed"], MIX, s.step)
     recorded = s.step % s.params["record_every"] == 0
-    out = s.method(v1, v2, mix, before=recorded)
-    accelerator.backward(out.loss)
+    out = s.forward(v1, v2, mix, before=recorded)
+    s.accelerator.backward(out.loss)
     s.optimizer.step(); s.optimizer.zero_grad()
     s.method.update(out.k)
-    s.losses.append(out.loss.detach())
+    loss = s.accelerator.reduce(out.loss.detach(), "mean")
+    s.losses.append(loss)
     if recorded:
         before = out.before or (out.pos, out.neg)
-        s.recorder.record(s.step, out.pos, out.neg, before, loss=out.loss, lr=lr, l_ex=out.l_ex, l_in=out.l_in)
+        s.recorder.record(s.step, out.pos, out.neg, before, loss=loss, lr=lr, l_ex=out.l_ex, l_in=out.l_in)
     s.step += 1
 
 # %% ../nbs/09_train.ipynb #b85ab51f
@@ -179,14 +191,16 @@ def halted(
     s: State,
     stopped: list,  # From `stop_signal`
 ) -> bool:
-    "Whether the run was told to stop here, by a signal or by `stop_after`"
-    return bool(stopped) or 0 < s.params["stop_after"] <= s.step
+    "Whether the run was told to stop here, by `stop_after` or by a signal, which many processes ask about now and then"
+    if 0 < s.params["stop_after"] <= s.step: return True
+    if s.accelerator.num_processes == 1: return bool(stopped)
+    told = torch.tensor([len(stopped)], device=s.accelerator.device)
+    return s.step % 50 == 0 and bool(s.accelerator.gather(told).any())
 
 # %% ../nbs/09_train.ipynb #828a727d
 def train_epoch(
     s: State,
     train: ImageSet,  # On the device of the method
-    accelerator: Accelerator,
     generator: torch.Generator,  # Of the views, on the same device
     bar: tqdm,
     stopped: list,  # From `stop_signal`
@@ -196,15 +210,24 @@ def train_epoch(
     epoch, first = divmod(s.step, per_epoch)
     order = torch.randperm(len(train), generator=seeded(torch.Generator(), p["seed"], ORDER, epoch)).to(train.x.device)
     how = AUGMENTATIONS[p["augmentation"] or METHODS[p["method"]]["augmentation"]]
+    rank, of = s.method.share
+    rows = torch.arange(p["batch_size"], device=order.device).chunk(of)[rank] if of > 1 else None
     start = time.perf_counter()
     for idx in order.split(p["batch_size"])[first:per_epoch]:
-        v1, v2 = two_views(train.x[idx], how, generator=seeded(generator, p["seed"], VIEWS, s.step))
-        train_step(s, v1, v2, accelerator, epoch >= p["start_epoch"], per_epoch * p["epochs"])
+        v1, v2 = two_views(train.x[idx], how, None, seeded(generator, p["seed"], VIEWS, s.step), rows)
+        train_step(s, v1, v2, epoch >= p["start_epoch"], per_epoch * p["epochs"])
         bar.update(len(idx))
         if s.step % 50 == 0: check_finite(s)
         if halted(s, stopped): break
     check_finite(s)  # waits for the device
     s.seconds += time.perf_counter() - start
+
+# %% ../nbs/09_train.ipynb #d74cd8da
+def statistics(
+    method: MoCo,
+) -> list:  # Tensors
+    "The running means and variances, which processes gather each from its own parts: their mean is that of the whole"
+    return [b for name, b in method.named_buffers() if name.endswith(("running_mean", "running_var"))]
 
 # %% ../nbs/09_train.ipynb #f65e15c8
 def end_epoch(
@@ -215,7 +238,8 @@ def end_epoch(
     "Close an epoch: its mean loss, and its kNN accuracy where that is due"
     row = dict(epoch=len(s.epochs), loss=torch.stack(s.losses).double().mean().item())
     every = s.params["knn_every"]
-    if every and (len(s.epochs) + 1) % every == 0:
+    for b in statistics(s.method): b.copy_(s.accelerator.reduce(b, "mean"))
+    if every and (len(s.epochs) + 1) % every == 0 and s.accelerator.is_main_process:
         row["knn_backbone"] = knn_accuracy(s.method.encoder, train, test, precision=s.params["precision"])
     s.epochs.append(row); s.losses = []
     bar.set_postfix({k: f"{v:.4g}" for k, v in row.items()})
@@ -326,29 +350,28 @@ def describe(
         metrics={f"knn_{o}": knn(o) for o in ("backbone", "projection")},
         measured_on="held-out training images" if p["holdout"] else "test split", n_train=len(train), n_test=len(test),
         steps=s.step, epochs=s.epochs, seconds=round(s.seconds, 2),
-        images_per_second=round(s.step * p["batch_size"] / s.seconds, 1), **now,
+        images_per_second=round(s.step * p["batch_size"] / s.seconds, 1), processes=s.accelerator.num_processes, **now,
         **({"before_resume": before} if before else {}))
 
 # %% ../nbs/09_train.ipynb #bcd041f7
 def train_to_end(
     s: State, train: ImageSet, test: ImageSet,
-    accelerator: Accelerator,
     checkpoint: Path,
 ) -> bool:  # False if it was told to stop before
     "Epoch after epoch, with checkpoints, until the last step or a stop"
     p = s.params; per_epoch = len(train) // p["batch_size"]; total = p["epochs"] * per_epoch
-    generator = torch.Generator(accelerator.device)
+    generator, main = torch.Generator(s.accelerator.device), s.accelerator.is_main_process
     bar = tqdm(total=total * p["batch_size"], initial=s.step * p["batch_size"], unit="img", unit_scale=True,
-               desc=p["name"], mininterval=.5, leave=False, disable=not p["progress"])
+               desc=p["name"], mininterval=.5, leave=False, disable=not (p["progress"] and main))
     with bar, stop_signal() as stopped:
         while s.step < total and not halted(s, stopped):
-            train_epoch(s, train, accelerator, generator, bar, stopped)
+            train_epoch(s, train, generator, bar, stopped)
             if s.step % per_epoch == 0: end_epoch(s, train, test, bar)
             every = per_epoch * p["checkpoint_every"]
-            if every and s.step % every == 0 and s.step < total: save_checkpoint(s, checkpoint)
-        if s.step < total:  # the record of an earlier, finished run is not that of this one
+            if main and every and s.step % every == 0 and s.step < total: save_checkpoint(s, checkpoint)
+        if main and s.step < total:  # the record of an earlier, finished run is not that of this one
             for ending in (".json", ".parquet"): checkpoint.with_suffix(ending).unlink(missing_ok=True)
-        save_checkpoint(s, checkpoint)
+        if main: save_checkpoint(s, checkpoint)
     if stopped: raise KeyboardInterrupt(f"stopped after step {s.step}; resume=True goes on from {checkpoint}")
     return s.step == total
 
@@ -360,6 +383,17 @@ def check(
     check_types(p, defaults(pretrain))
     check_values(p)
     check_fit(defaults(pretrain) | p)
+
+# %% ../nbs/09_train.ipynb #26a5706a
+def finish(
+    s: State, train: ImageSet, test: ImageSet,
+    path: Path,  # Of the record
+):
+    "Write the scores and the record of a finished run"
+    record = describe(s, train, test)
+    earlier(s.params, path, pretrain)  # another process may have come first
+    s.recorder.save(path.with_suffix(".parquet"))
+    write_record(record, path)
 
 # %% ../nbs/09_train.ipynb #e9e7d864
 def pretrain(
@@ -410,17 +444,16 @@ def pretrain(
     if resume and record: return record
     path = writable(out, name)
     same_run(p, path.with_name(f"{name}.safetensors"))
-    s, accelerator = begin(p)
+    s = begin(p)
     train, test = images(p)
     if len(train) < batch_size: raise InputError(f"batch_size is {batch_size}, but there are {len(train)} images.")
     s.n_train, checkpoint = len(train), path.with_suffix(".safetensors")
     if resume and checkpoint.exists(): load_checkpoint(s, checkpoint)
-    if not train_to_end(s, train.to(accelerator.device), test, accelerator, checkpoint): return None
-    record = describe(s, train, test)
-    earlier(p, path, pretrain)  # another process may have come first
-    s.recorder.save(path.with_suffix(".parquet"))
-    write_record(record, path)
-    return record
+    s.accelerator.wait_for_everyone()  # nobody writes before all have looked
+    if not train_to_end(s, train.to(s.accelerator.device), test, checkpoint): return None
+    if s.accelerator.is_main_process: finish(s, train, test, path)
+    s.accelerator.wait_for_everyone()
+    return read_record(path)
 
 # %% ../nbs/09_train.ipynb #eb26e27c
 def milestones(

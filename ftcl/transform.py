@@ -87,11 +87,14 @@ class FeatureTransform(nn.Module):
         self.alpha, self.alpha_neg, self.strength = alpha, alpha_neg, strength
         self.renormalize, self.detach_key, self.generator = renormalize, detach_key, generator
         self.l_ex = self.l_in = None  # of what the last call drew, one l: the first
+        self.share = 0, 1  # which of how many equal shares of a batch the pairs are
 
-    def _draw(self, alpha, x):
-        "l for every row of x (N, D) at this level: (), (N, 1) or (N, D)"
-        shape = {"feature": (), "sample": (len(x), 1), "dimension": x.shape}[self.level]
-        return sample_beta(alpha, shape, self.generator, x.device).to(x.dtype)
+    def _draw(self, alpha, x, share=(0, 1)):
+        "l for every row of x (N, D), one of many shares, at this level: (), (N, 1) or (N, D)"
+        (i, of), (n, d) = share, x.shape
+        shape = {"feature": (), "sample": (n * of, 1), "dimension": (n * of, d)}[self.level]
+        lam = sample_beta(alpha, shape, self.generator, x.device).to(x.dtype)
+        return lam if self.level == "feature" else lam.chunk(of)[i]
 
     def _norm(self, x): return F.normalize(x, dim=1) if self.renormalize else x
 
@@ -117,7 +120,7 @@ class FeatureTransform(nn.Module):
         "Transform a step's vectors"
         self.l_ex = self.l_in = None
         if "pos" in self.mixing:
-            lam = 1 + self.strength * self._draw(self.alpha, q)
+            lam = 1 + self.strength * self._draw(self.alpha, q, self.share)
             q, k = map(self._norm, extrapolate(q, k, lam))
             self.l_ex = lam.flatten()[0]
             if self.detach_key: k = k.detach()

@@ -62,20 +62,22 @@ def score_statistics(
     pos: Tensor,  # (B,)
     neg: Tensor,  # (B, K)
     limit: float = LIMIT,  # Quantiles of `neg` are looked for in -limit .. limit
+    gather=None,  # Joins a tensor of every process along its first dimension; None: there is one process
 ) -> dict:  # Column -> scalar tensor on the device of the scores; raises `InputError` for other shapes
     "Mean, variance and quantiles of a step's scores; the variance of the negatives is each query's own, averaged"
     if not (pos.ndim == 1 and neg.ndim == 2 and len(pos) == len(neg) and neg.numel()):
         raise InputError(f"pos and neg have the shapes {tuple(pos.shape)} and {tuple(neg.shape)}, but must be (B,) and "
                          "(B, K): one positive and K negative scores for each of B queries.")
-    pos, parts = pos.detach().float().sort().values, []
+    gather, parts = gather or (lambda x: x), []
+    pos = gather(pos.detach().float()).sort().values
     for s, in row_blocks(neg.detach()):
         s = s.float(); mean = s.mean(1, keepdim=True)  # (b, K), (b, 1)
         off = s - mean
         square = off.square().sum()
         parts.append((mean.sum(), square, _counts(torch.add(s, 0, out=off), -limit, limit, BINS)))
-    mean, square, counts = (sum(o) for o in zip(*parts))
+    mean, square, counts = (gather(sum(o)[None]).sum(0) for o in zip(*parts))
     quantiles = [*(pos[math.ceil(p * len(pos)) - 1] for p in QUANTILES), *histogram_quantiles(counts, -limit, limit)]
-    moments = pos.mean(), pos.var(correction=0), mean / len(pos), square / neg.numel()
+    moments = pos.mean(), pos.var(correction=0), mean / len(pos), square / (len(pos) * neg.shape[1])
     return dict(zip(STATISTICS, [*moments, *quantiles]))
 
 # %% ../nbs/05_visualize.ipynb #a284b84a
@@ -104,8 +106,9 @@ class ScoreRecorder:
     "Statistics of the scores of every recorded step; the K scores themselves are never stored"
     def __init__(self,
         limit: float = LIMIT,  # Quantiles of negative scores are looked for in -limit .. limit, to within limit / BINS
+        gather=None,  # As in `score_statistics`: with it, every process holds the record of the whole batch
     ):
-        self.limit, self.columns, self.rows = positive("limit", limit), [], []
+        self.limit, self.gather, self.columns, self.rows = positive("limit", limit), gather, [], []
     def record(self,
         step: int,
         pos: Tensor,  # (B,) scores as the loss sees them
@@ -114,10 +117,10 @@ class ScoreRecorder:
         **more,  # Further numbers to keep beside them: loss, lr, ...
     ):
         "Add one step; values stay on the device until they are asked for"
-        now = score_statistics(pos, neg, self.limit)
+        now = score_statistics(pos, neg, self.limit, self.gather)
         if before:
             same = before[0] is pos and before[1] is neg
-            then = now if same else score_statistics(*before, self.limit)
+            then = now if same else score_statistics(*before, self.limit, self.gather)
             now = now | {f"before_{c}": v for c, v in then.items()}
         if taken := set(more) & set(now):
             raise InputError(f"{min(taken)} is the name of a statistic: give your number another name.")
