@@ -36,7 +36,7 @@ clean: $(READY) ## strip the notebooks and export them to ftcl/; leaves a commit
 	$(BIN)/nbdev_export
 
 readme: $(READY) ## README.md from nbs/index.ipynb
-	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --no-input --stdout nbs/index.ipynb | sed 's#\.\./#./#g' | cat -s > $(README).md
+	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --execute --no-input --stdout nbs/index.ipynb | sed 's#\.\./#./#g' | cat -s > $(README).md
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb
