@@ -151,7 +151,7 @@ def earlier(
     f,  # The function that takes them
 ) -> dict | None:  # The record of the same run, if it lies there already
     "Look before writing; raises `InputError` if the record of another run would be lost"
-    if not path.exists(): return None
+    if not os.path.exists(path): return None
     record = read_record(path)
     if d := difference(p, record["parameters"], f):
         raise InputError(f"{path} holds the record of a run with {d}: give another `out` or `name`, or remove it.")

@@ -442,12 +442,12 @@ def pretrain(
     if precision == "auto": p["precision"] = native_precision()
     record = earlier(p, Path(out) / f"{name}.json", pretrain)
     if resume and record: return record
-    path = writable(out, name)
-    same_run(p, path.with_name(f"{name}.safetensors"))
     s = begin(p)
     train, test = images(p)
     if len(train) < batch_size: raise InputError(f"batch_size is {batch_size}, but there are {len(train)} images.")
+    path = writable(out, name)
     s.n_train, checkpoint = len(train), path.with_suffix(".safetensors")
+    same_run(p, checkpoint)
     if resume and checkpoint.exists(): load_checkpoint(s, checkpoint)
     s.accelerator.wait_for_everyone()  # nobody writes before all have looked
     if not train_to_end(s, train.to(s.accelerator.device), test, checkpoint): return None
@@ -478,11 +478,10 @@ def evaluate_checkpoint(
     check_types(p, defaults(evaluate_checkpoint)); check_values(p)
     precision = p["precision"] = native_precision() if precision == "auto" else precision
     encoder, trained = load_encoder(checkpoint)
-    path = writable(out, name)
-    earlier(p, path, evaluate_checkpoint)
+    earlier(p, Path(out) / f"{name}.json", evaluate_checkpoint)
     wanted = dict(dataset=dataset or trained["dataset"], holdout=0, n_images=n_images)
     train, test = images(trained | wanted)
-    encoder = encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+    path, encoder = writable(out, name), encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     metrics = {f"knn_{o}": knn_accuracy(encoder, train, test, o, k, t, precision) for o in ("backbone", "projection")}
     metrics["logreg_backbone"] = linear_logreg(encoder, train, test, precision=precision)
     if linear_epochs:
