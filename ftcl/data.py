@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'HUB', 'SHAPES_SIZES', 'AUGMENTATIONS', 'LUMA', 'YIQ', 'QUARTER', 'MEAN', 'STD', 'InputError', 'nearest',
-           'one_of', 'positive', 'ImageSet', 'shapes', 'load', 'Augmentation', 'draw_crops', 'resize_matrix',
-           'blur_matrix', 'colour_matrix', 'normalise', 'augment', 'two_views', 'show_views']
+           'one_of', 'positive', 'ImageSet', 'shapes', 'load', 'Augmentation', 'draw_crops', 'resize_taps', 'mix_rows',
+           'blur_kernel', 'blur', 'colour_matrix', 'normalise', 'augment', 'two_views', 'show_views']
 
 # %% ../nbs/00_data.ipynb #e5afa89d
 import io, math, os
@@ -245,33 +245,62 @@ def draw_crops(
     centre = crop.new_tensor([(h - bh) // 2, (w - bw) // 2, bh, bw])
     return torch.where(fits.any(1)[:, None], crop, centre)
 
-# %% ../nbs/00_data.ipynb #2bc6f745
-def resize_matrix(
+# %% ../nbs/00_data.ipynb #fda17b18
+def resize_taps(
     start: Tensor,  # (B,) first pixel of the crop
     length: Tensor,  # (B,) its length in pixels
     n_in: int,  # Pixels before
     n_out: int,  # Pixels after
-) -> Tensor:  # (B, n_out, n_in), rows sum to 1
-    "Crop and resize along one axis (bilinear, antialiased) as a matrix"
-    start, length = start[:, None], length[:, None]
-    i, j = (torch.arange(n, device=start.device) + .5 for n in (n_out, n_in))
-    scale = length / n_out
-    reach = scale.clamp(min=1)  # (B, 1): half the tent's width
-    place = torch.where((j > start) & (j < start + length), (j - start) / reach, torch.inf)  # (B, n_in): inf outside
-    weight = (1 - (place[:, None] - (i * scale / reach)[..., None]).abs()).clamp(min=0)  # (B, n_out, n_in)
-    return weight / weight.sum(2, keepdim=True)
+) -> tuple[Tensor, Tensor]:  # (B, n_out, T) places in the image, and weights, which sum to 1 over T
+    "Crop and resize along one axis (bilinear, antialiased): what each new pixel is made of"
+    scale = (length / n_out)[:, None]  # (B, 1)
+    reach = scale.clamp(min=1)  # half the tent's width
+    middle = start[:, None] + (torch.arange(n_out, device=start.device) + .5) * scale  # (B, n_out)
+    taps = torch.arange(math.ceil(2 * max(n_in / n_out, 1)), device=start.device)  # (T,)
+    place = (middle - reach + .5).floor()[..., None] + taps  # (B, n_out, T): from the first under the tent on
+    weight = (1 - ((place + .5 - middle[..., None]) / reach[..., None]).abs()).clamp(min=0)
+    first, last = (o[:, None, None] for o in (start, start + length - 1))
+    weight = torch.where((first <= place) & (place <= last), weight, 0.)
+    return place.clamp(0, n_in - 1).long(), weight / weight.sum(2, keepdim=True)
+
+# %% ../nbs/00_data.ipynb #a1ac2dff
+def mix_rows(
+    x: Tensor,  # (B, C, H, W) float
+    place: Tensor, weight: Tensor,  # (B, S, T)
+) -> Tensor:  # (B, C, S, W)
+    "Every new row a weighted sum of T old ones"
+    (b, c, h, w), (_, s, t) = x.shape, place.shape
+    place = torch.arange(b * c, device=x.device).view(b, c, 1, 1) * h + place[:, None]  # (B, C, S, T)
+    weight = weight[:, None].expand_as(place).reshape(-1, t).T[..., None]  # (T, B C S, 1)
+    x, place = x.reshape(-1, w), place.view(-1, t).T.contiguous()
+    out = x.index_select(0, place[0]).mul_(weight[0])
+    for p, o in zip(place[1:], weight[1:]): out.addcmul_(x.index_select(0, p), o)
+    return out.view(b, c, s, w)
 
 # %% ../nbs/00_data.ipynb #018ed11b
-def blur_matrix(
+def blur_kernel(
     sigma: Tensor,  # (B,) in pixels; 0 leaves the image as it is
-    n: int,  # Pixels along the axis
-) -> Tensor:  # (B, n, n), rows sum to 1
-    "Gaussian blur along one axis, the image mirrored at its edges, as a matrix"
-    d = torch.arange(1 - n, 2 * n - 1, device=sigma.device)  # every distance that occurs
-    gauss = torch.exp(-.5 * (d / sigma.clamp(min=1e-3)[:, None])**2).unfold(1, n, 1)  # (B, 2n - 1, n)
-    j, mirror = torch.arange(n, device=sigma.device), gauss[:, n - 1:]  # mirror[:, i, j] is at distance i + j
-    weight = gauss[:, :n].flip(1) + mirror * (j > 0) + mirror.flip(1, 2) * (j < n - 1)
-    return weight / weight.sum(2, keepdim=True)
+    reach: int,  # Pixels to either side
+) -> Tensor:  # (B, 1 + reach), the weight of the pixel itself and of each neighbour on one side
+    "A Gaussian that sums to 1 over both sides"
+    d = torch.arange(reach + 1, device=sigma.device)
+    weight = torch.exp(-.5 * (d / sigma.clamp(min=1e-3)[:, None])**2)
+    return weight / (2 * weight.sum(1, keepdim=True) - 1)
+
+def blur(
+    x: Tensor,  # (B, C, H, W)
+    kernel: Tensor,  # (B, 1 + reach), of `blur_kernel`; its reach less than H and W
+) -> Tensor:  # (B, C, H, W)
+    "Each image blurred with a kernel of its own, mirrored at its edges"
+    reach = kernel.shape[1] - 1
+    own, *near = kernel[..., None, None, None].unbind(1)  # (B, 1, 1, 1) each
+    x = F.pad(x, [reach] * 4, "reflect")
+    for axis in (2, 3):
+        n, old = x.shape[axis] - 2 * reach, x
+        x = old.narrow(axis, reach, n) * own
+        for d, weight in enumerate(near, 1):
+            x.addcmul_(old.narrow(axis, reach - d, n) + old.narrow(axis, reach + d, n), weight)
+    return x
 
 # %% ../nbs/00_data.ipynb #8cf00a9a
 LUMA = (.299, .587, .114)  # brightness of red, green and blue (ITU-R BT.601)
@@ -300,44 +329,52 @@ def normalise(
     return (x - mean) / std
 
 # %% ../nbs/00_data.ipynb #06f31d21
-def _apply(x, rows, cols, colour, share):
-    "Crop both axes, then the colours with `share` of the mean grey added: each one batched product"
-    b, _, h, w = x.shape
-    x = (x.flatten(1, 2).float() @ (cols / 255).mT).view(b, 3, h, -1)  # (B, 3, H, S)
-    x = (rows[:, None] @ x).flatten(2)  # (B, 3, S S)
-    shift = share * (x.mean(2) @ x.new_tensor(LUMA))  # (B,)
-    x = torch.baddbmm(shift[:, None, None].expand(b, 3, 1), colour, x)
-    return x.clamp_(0, 1).view(b, 3, rows.shape[1], -1)  # (B, 3, S, S)
+def _apply(x, rows, row_weight, cols, col_weight, kernel, colour, share, out):
+    "Crop, blur and recolour x (b, 3, H, W), `share` of the mean grey added, into `out` (b, 3, S, S)"
+    x = x.mT.to(torch.float32, memory_format=torch.contiguous_format)  # (b, 3, W, H)
+    x = mix_rows(mix_rows(x, cols, col_weight).mT.contiguous(), rows, row_weight)  # (b, 3, S, S)
+    if kernel.shape[1] > 1:
+        soft = (kernel[:, 0] < 1).nonzero()[:, 0] if x.device.type == "cpu" else slice(None)
+        x[soft] = blur(x[soft], kernel[soft])
+    shift = share * (x.mean((2, 3)) @ x.new_tensor(LUMA))  # (b,)
+    x = torch.baddbmm(shift[:, None, None].expand(-1, 3, 1), colour, x.flatten(2))  # (b, 3, S S)
+    torch.clamp(x.view_as(out), 0, 1, out=out)
 
 # %% ../nbs/00_data.ipynb #0e4222a2
-def _views(x, crop, u, how, size):
-    "One view of each image of x (b, 3, H, W), by its crop (b, 4) and nine random numbers u (9, b)"
+def _draw(n, h, w, how, size, generator, device):
+    "What `_apply` does to each of n images (H, W)"
+    crop = draw_crops(n, h, w, how.area, how.ratio, generator, device)
+    u = torch.rand(9, n, generator=generator, device=device)
     strengths, on = (how.brightness, how.contrast, how.saturation), u[0] < how.jitter
     bright, contrast, vivid = (torch.where(on, 1 + s * (2 * o - 1), 1.) for s, o in zip(strengths, u[1:]))
     vivid = torch.where(u[4] < how.grey, 0., vivid)
     hue = torch.where(on, how.hue * (2 * u[5] - 1), 0.)
-    rows, cols = (resize_matrix(crop[:, i], crop[:, i + 2], n, size) for i, n in enumerate(x.shape[2:]))
-    cols = torch.where((u[8] < how.flip)[:, None, None], cols.flip(1), cols)
-    if how.blur:
-        sigma = (how.sigma[0] + u[7] * (how.sigma[1] - how.sigma[0])) * size / 224
-        blur = blur_matrix(torch.where(u[6] < how.blur, sigma, 0.), size)
-        rows, cols = blur @ rows, blur @ cols
-    return _apply(x, rows, cols, colour_matrix(bright, contrast, vivid, hue), bright * (1 - contrast))
+    rows, cols = (resize_taps(crop[:, i], crop[:, i + 2], o, size) for i, o in enumerate((h, w)))
+    cols = [torch.where((u[8] < how.flip)[:, None, None], o.flip(1), o) for o in cols]
+    low, high = (o * size / 224 for o in how.sigma)
+    sigma = torch.where(u[6] < how.blur, low + u[7] * (high - low), 0.)
+    kernel = blur_kernel(sigma, min(math.ceil(5 * high), size - 1) if how.blur else 0)
+    return *rows, cols[0], cols[1] / 255, kernel, colour_matrix(bright, contrast, vivid, hue), bright * (1 - contrast)
 
+# %% ../nbs/00_data.ipynb #7d9b909f
 def augment(
     x: Tensor,  # (B, 3, H, W) uint8
     how: Augmentation,
     size: int | None = None,  # Side of the result; None: the height of `x`
     generator=None,  # On the device of `x`
     rows: Tensor | None = None,  # (b,) make the views of these images alone, the same as among all; None: all
-) -> Tensor:  # (B, 3, size, size) in [0, 1]
+    normalised: bool = False,  # As `normalise` does
+) -> Tensor:  # (B, 3, size, size) in [0, 1] unless normalised
     "Every image cropped, flipped, coloured and blurred with random numbers of its own"
     b, _, h, w = x.shape; size = size or h
-    crop = draw_crops(b, h, w, how.area, how.ratio, generator, x.device)
-    u = torch.rand(9, b, generator=generator, device=x.device)
-    if rows is not None: x, crop, u = x[rows], crop[rows], u[:, rows]
+    drawn = _draw(b, h, w, how, size, generator, x.device)
+    if rows is not None: x, *drawn = (o[rows] for o in (x, *drawn))
+    out = torch.empty(len(x), 3, size, size, device=x.device)
     n = max(2**18 // (h * w * 3), 1) if x.device.type == "cpu" else b  # images that fit a core's cache together
-    return torch.cat([_views(*o, how, size) for o in zip(x.split(n), crop.split(n), u.split(n, 1))])
+    for few, *how_each, view in zip(*(o.split(n) for o in (x, *drawn, out))):
+        _apply(few, *how_each, view)
+        if normalised: view.copy_(normalise(view))
+    return out
 
 # %% ../nbs/00_data.ipynb #4252dea1
 def two_views(
@@ -349,7 +386,7 @@ def two_views(
 ) -> tuple[Tensor, Tensor]:  # each (B, 3, size, size)
     "Two independent augmentations of each image, made as one batch of 2B and normalised"
     both = None if rows is None else torch.cat([rows, len(x) + rows])
-    return normalise(augment(x.repeat(2, 1, 1, 1), how, size, generator, both)).chunk(2)
+    return augment(x.repeat(2, 1, 1, 1), how, size, generator, both, normalised=True).chunk(2)
 
 # %% ../nbs/00_data.ipynb #4e7627e5
 def show_views(
