@@ -79,14 +79,15 @@ def test_run_notebooks_run_at_their_defaults(name, tmp_path):
     "name, small",
     [
         ("benchmark", dict(rounds=1, queue_size=1024, step_queue=256, batch_size=64)),
-        ("scaling", dict(rounds=1, queue_size=1024, queue_sizes="512 1024", batch_sizes="64 128", dims="32 64")),
+        ("scaling", dict(rounds=1, queue_size=1024, queue_sizes="512 1024", batch_sizes="64 128", dims="32 64", processes="1 2", steps=2)),
     ],
 )
 def test_measuring_notebooks_leave_a_table_and_a_picture(name, small, tmp_path):
     run = papermill(name, tmp_path / name, **small)
     assert run.returncode == 0, run.stderr
     assert len(pd.read_csv(tmp_path / name / f"{name}.csv")) >= 10
-    assert {p.name for p in (tmp_path / name).iterdir()} == {f"{name}.{ending}" for ending in ("csv", "png", "json")}
+    files = {f"{name}.{ending}" for ending in ("csv", "png", "json")} | ({"processes.csv", "processes.png"} if name == "scaling" else set())
+    assert {p.name for p in (tmp_path / name).iterdir()} == files
 
 
 @pytest.mark.parametrize(
