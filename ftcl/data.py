@@ -261,21 +261,20 @@ def resize_taps(
     weight = (1 - ((place + .5 - middle[..., None]) / reach[..., None]).abs()).clamp(min=0)
     first, last = (o[:, None, None] for o in (start, start + length - 1))
     weight = torch.where((first <= place) & (place <= last), weight, 0.)
-    return place.clamp(0, n_in - 1).long(), weight / weight.sum(2, keepdim=True)
+    return place.clamp(0, n_in - 1).int(), weight / weight.sum(2, keepdim=True)
 
 # %% ../nbs/00_data.ipynb #a1ac2dff
 def mix_rows(
     x: Tensor,  # (B, C, H, W) float
     place: Tensor, weight: Tensor,  # (B, S, T)
 ) -> Tensor:  # (B, C, S, W)
-    "Every new row a weighted sum of T old ones"
+    "Every new row the weighted sum of T old ones"
     (b, c, h, w), (_, s, t) = x.shape, place.shape
-    place = torch.arange(b * c, device=x.device).view(b, c, 1, 1) * h + place[:, None]  # (B, C, S, T)
-    weight = weight[:, None].expand_as(place).reshape(-1, t).T[..., None]  # (T, B C S, 1)
-    x, place = x.reshape(-1, w), place.view(-1, t).T.contiguous()
-    out = x.index_select(0, place[0]).mul_(weight[0])
-    for p, o in zip(place[1:], weight[1:]): out.addcmul_(x.index_select(0, p), o)
-    return out.view(b, c, s, w)
+    first = h * torch.arange(b * c, dtype=place.dtype, device=x.device).view(b, c, 1, 1)
+    place = first + place[:, None]  # (B, C, S, T) among the rows of all images and colours
+    weight = weight[:, None].expand_as(place).reshape(-1, t)
+    x = F.embedding_bag(place.view(-1, t), x.reshape(-1, w), mode="sum", per_sample_weights=weight)  # (B C S, W)
+    return x.view(b, c, s, w)
 
 # %% ../nbs/00_data.ipynb #018ed11b
 def blur_kernel(
@@ -329,16 +328,18 @@ def normalise(
     return (x - mean) / std
 
 # %% ../nbs/00_data.ipynb #06f31d21
-def _apply(x, rows, row_weight, cols, col_weight, kernel, colour, share, out):
-    "Crop, blur and recolour x (b, 3, H, W), `share` of the mean grey added, into `out` (b, 3, S, S)"
+def _apply(x, rows, row_weight, cols, col_weight, kernel, colour, share, out, mean, std):
+    "Crop, blur, recolour x (b, 3, H, W), with `share` of the mean grey added, and normalise: into `out` (b, 3, S, S)"
     x = x.mT.to(torch.float32, memory_format=torch.contiguous_format)  # (b, 3, W, H)
     x = mix_rows(mix_rows(x, cols, col_weight).mT.contiguous(), rows, row_weight)  # (b, 3, S, S)
     if kernel.shape[1] > 1:
-        soft = (kernel[:, 0] < 1).nonzero()[:, 0] if x.device.type == "cpu" else slice(None)
-        x[soft] = blur(x[soft], kernel[soft])
+        soft = torch.arange(len(x), device=x.device) if x.device.type != "cpu" else (kernel[:, 0] < 1).nonzero()[:, 0]
+        x.index_copy_(0, soft, blur(x.index_select(0, soft), kernel.index_select(0, soft)))
     shift = share * (x.mean((2, 3)) @ x.new_tensor(LUMA))  # (b,)
-    x = torch.baddbmm(shift[:, None, None].expand(-1, 3, 1), colour, x.flatten(2))  # (b, 3, S S)
-    torch.clamp(x.view_as(out), 0, 1, out=out)
+    gain = 1 / x.new_tensor(std).view(3, 1)
+    shift = (shift[:, None, None] - x.new_tensor(mean).view(3, 1)) * gain  # (b, 3, 1)
+    x = torch.baddbmm(shift, colour * gain, x.flatten(2)).view_as(out)
+    for o, v, m, s in zip(out.unbind(1), x.unbind(1), mean, std): torch.clamp(v, -m / s, (1 - m) / s, out=o)
 
 # %% ../nbs/00_data.ipynb #0e4222a2
 def _draw(n, h, w, how, size, generator, device):
@@ -353,8 +354,9 @@ def _draw(n, h, w, how, size, generator, device):
     cols = [torch.where((u[8] < how.flip)[:, None, None], o.flip(1), o) for o in cols]
     low, high = (o * size / 224 for o in how.sigma)
     sigma = torch.where(u[6] < how.blur, low + u[7] * (high - low), 0.)
-    kernel = blur_kernel(sigma, min(math.ceil(5 * high), size - 1) if how.blur else 0)
-    return *rows, cols[0], cols[1] / 255, kernel, colour_matrix(bright, contrast, vivid, hue), bright * (1 - contrast)
+    kernel = blur_kernel(sigma, min(int(4.8 * high), size - 1) if how.blur else 0)
+    colour, share = colour_matrix(bright, contrast, vivid, hue), bright * (1 - contrast)
+    return *rows, *cols, kernel, colour / 255, share / 255
 
 # %% ../nbs/00_data.ipynb #7d9b909f
 def augment(
@@ -363,17 +365,15 @@ def augment(
     size: int | None = None,  # Side of the result; None: the height of `x`
     generator=None,  # On the device of `x`
     rows: Tensor | None = None,  # (b,) make the views of these images alone, the same as among all; None: all
-    normalised: bool = False,  # As `normalise` does
-) -> Tensor:  # (B, 3, size, size) in [0, 1] unless normalised
+    mean: tuple = (0, 0, 0), std: tuple = (1, 1, 1),  # Of red, green and blue: taken off, and divided by
+) -> Tensor:  # (B, 3, size, size) in [0, 1], unless shifted and scaled
     "Every image cropped, flipped, coloured and blurred with random numbers of its own"
     b, _, h, w = x.shape; size = size or h
     drawn = _draw(b, h, w, how, size, generator, x.device)
     if rows is not None: x, *drawn = (o[rows] for o in (x, *drawn))
     out = torch.empty(len(x), 3, size, size, device=x.device)
-    n = max(2**18 // (h * w * 3), 1) if x.device.type == "cpu" else b  # images that fit a core's cache together
-    for few, *how_each, view in zip(*(o.split(n) for o in (x, *drawn, out))):
-        _apply(few, *how_each, view)
-        if normalised: view.copy_(normalise(view))
+    n = max(3 * 2**17 // (h * w * 3), 1) if x.device.type == "cpu" else b  # images that fit a core's cache together
+    for each in zip(*(o.split(n) for o in (x, *drawn, out))): _apply(*each, mean, std)
     return out
 
 # %% ../nbs/00_data.ipynb #4252dea1
@@ -386,7 +386,7 @@ def two_views(
 ) -> tuple[Tensor, Tensor]:  # each (B, 3, size, size)
     "Two independent augmentations of each image, made as one batch of 2B and normalised"
     both = None if rows is None else torch.cat([rows, len(x) + rows])
-    return augment(x.repeat(2, 1, 1, 1), how, size, generator, both, normalised=True).chunk(2)
+    return augment(x.repeat(2, 1, 1, 1), how, size, generator, both, MEAN, STD).chunk(2)
 
 # %% ../nbs/00_data.ipynb #4e7627e5
 def show_views(

@@ -26,7 +26,8 @@ def defaults(
     return {n: "" if o.default is o.empty else o.default for n, o in inspect.signature(f).parameters.items()}
 
 # %% ../nbs/08_record.ipynb #73f409a8
-KINDS = {bool: "True or False", int: "a whole number", float: "a number, as 0.001 or 1.0e-3", str: "text (with papermill: -r, not -p)"}
+KINDS = {bool: "True or False", int: "a whole number", float: "a number, as 0.001 or 1.0e-3",
+         str: "text (with papermill: -r, not -p)"}
 def check_types(
     given: dict,  # name: value
     known: dict,  # name: default
