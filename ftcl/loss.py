@@ -13,6 +13,26 @@ from torch.autograd.function import once_differentiable
 from .data import InputError, positive
 from .transform import row_blocks
 
+# %% ../nbs/04_loss.ipynb #713f7c0d
+_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # oneDNN's product; missing where PyTorch lacks oneDNN
+
+class _Product(torch.autograd.Function):
+    "a b^T of a (N, D) and b (M, D) by oneDNN"
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return _LINEAR(a, b, None, "none", [], "")
+    @staticmethod
+    def backward(ctx, grad):
+        a, b = ctx.saved_tensors
+        return tuple(_product(g, o.T) if need else None
+                     for g, o, need in zip((grad, grad.T), (b, a), ctx.needs_input_grad))
+
+def _product(a, b):
+    "a b^T, (N, M): on a CPU and in float32 by oneDNN"
+    fits = _LINEAR and a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and a.numel() and b.numel()
+    return _Product.apply(a, b) if fits and not torch.compiler.is_compiling() else a @ b.T
+
 # %% ../nbs/04_loss.ipynb #97d0f143
 def scores(
     q: Tensor,  # (B, D) queries
@@ -21,7 +41,7 @@ def scores(
     q_neg: Tensor | None = None,  # (B, D) queries for the negatives; None: `q`
 ) -> tuple[Tensor, Tensor]:  # pos (B,), neg (B, K)
     "Inner products of each query with its own key and with every negative"
-    return (q * k).sum(1), (q if q_neg is None else q_neg) @ keys.T
+    return (q * k).sum(1), _product(q if q_neg is None else q_neg, keys)
 
 # %% ../nbs/04_loss.ipynb #9cc7d3b7
 class _OnePass(torch.autograd.Function):
@@ -70,10 +90,10 @@ class _Attention(torch.autograd.Function):
         top = q.new_full((len(q), 1), torch.finfo(q.dtype).min)  # (B, 1) highest score so far
         total, mean = torch.zeros_like(top), torch.zeros_like(q)  # (B, 1), (B, D)
         for n in keys.split(1024):
-            s = q @ n.T  # (B, 1024)
+            s = _product(q, n)  # (B, 1024)
             new = torch.maximum(top, s.amax(1, keepdim=True))
             w, fade = s.sub_(new).mul_(1 / tau).exp_(), ((top - new) / tau).exp_()
-            total, mean, top = total * fade + w.sum(1, keepdim=True), torch.addmm(mean * fade, w, n), new
+            total, mean, top = total * fade + w.sum(1, keepdim=True), mean * fade + _product(w, n.T), new
         ctx.save_for_backward(mean / (total * tau))
         return (total.log() + top / tau)[:, 0]
     @staticmethod
