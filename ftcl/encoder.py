@@ -97,6 +97,10 @@ class Encoder(nn.Module):
         self.bn_splits = bn_splits
     def forward(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, D), float32
         return F.normalize(self.head(self.backbone(x)).float(), dim=1)
+    @property
+    def last(self) -> nn.Linear:
+        "The last layer, which makes z"
+        return self.head if isinstance(self.head, nn.Linear) else self.head[-1]
 
 # %% ../nbs/01_encoder.ipynb #e3e76409
 @torch.no_grad()

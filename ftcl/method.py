@@ -29,6 +29,8 @@ class Step(NamedTuple):
     neg: Tensor  # (B, K); (2B, K) when symmetric
     before: tuple | None  # (pos, neg) before the transformation; None where nothing was transformed, or asked for
     k: Tensor  # (B, D) keys to enqueue; (2B, D) when symmetric
+    features: tuple  # q, k (B, D), before the transformation; (2B, D) when symmetric
+    soft_max: Tensor  # (B,) log sum_i e^{neg_i / tau}; (2B,) when symmetric
     l_ex: Tensor | float = math.nan  # scalar, the first l that was drawn for the positives; NaN where none was
     l_in: Tensor | float = math.nan  # the same for the negatives
 
@@ -104,15 +106,16 @@ class MoCo(nn.Module):
         "Loss and scores of one batch; no weight and no key changes before `update`"
         pairs = [(v1, v2), (v2, v1)] if self.symmetric else [(v1, v2)]
         with torch.autocast(v1.device.type, torch.bfloat16, enabled=self.bf16):
-            qs = [self.encoder(a) for a, _ in pairs]
+            q = join([self.encoder(a) for a, _ in pairs])
             with torch.no_grad(): ks = [self.encode_keys(b) for _, b in pairs]
         with torch.autocast(v1.device.type, enabled=False):
             rank, of = self.share
             own = [k.chunk(of)[rank] for k in ks]  # (b, D) each
-            after, plain, drawn = zip(*[self.contrast(q, k, mix, before) for q, k in zip(qs, own)])
+            after, plain, drawn = zip(*[self.contrast(a, k, mix, before) for a, k in zip(q.chunk(len(own)), own)])
             (pos, neg), plain = ([join(o) for o in zip(*pairs)] if pairs[0] else None for pairs in (after, plain))
             l = (math.nan if o is None else o for o in drawn[0])
-            return Step(info_nce(pos, neg, self.tau, self.tau_pos), pos, neg, plain, join(ks), *l)
+            loss, soft_max = info_nce(pos, neg, self.tau, self.tau_pos, with_soft_max=True)
+            return Step(loss, pos, neg, plain, join(ks), (q, join(own)), soft_max, *l)
 
     @torch.no_grad()
     def update(self,

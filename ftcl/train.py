@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'VIEWS', 'MIX', 'WEIGHTS', 'QUEUE', 'HOLDOUT', 'CHECKPOINT', 'TRANSFORMATION', 'seeded', 'cosine_lr',
-           'shuffled', 'images', 'check_fit', 'State', 'build', 'leave', 'begin', 'train_step', 'check_finite',
-           'stop_signal', 'halted', 'train_epoch', 'statistics', 'end_epoch', 'save_checkpoint', 'read_note',
-           'read_checkpoint', 'same_run', 'fill', 'load_checkpoint', 'load_encoder', 'describe', 'train_to_end',
-           'check', 'finish', 'pretrain', 'milestones', 'evaluate_checkpoint', 'arms']
+           'shuffled', 'images', 'check_fit', 'State', 'build', 'leave', 'begin', 'gradient_norms', 'train_step',
+           'check_finite', 'stop_signal', 'halted', 'train_epoch', 'statistics', 'end_epoch', 'save_checkpoint',
+           'read_note', 'read_checkpoint', 'same_run', 'fill', 'load_checkpoint', 'load_encoder', 'describe',
+           'train_to_end', 'check', 'finish', 'pretrain', 'milestones', 'evaluate_checkpoint', 'arms']
 
 # %% ../nbs/09_train.ipynb #2a063510
 import atexit, json, math, os, signal, tempfile, threading, time
@@ -141,10 +141,18 @@ def begin(
     weights = method.encoder.parameters()
     optimizer = torch.optim.SGD(weights, p["lr"], momentum=.9, weight_decay=p["weight_decay"], fused=True)
     forward, optimizer = a.prepare(method, optimizer)
-    recorder = ScoreRecorder(gather=a.gather if of > 1 else None)
+    recorder = ScoreRecorder(gather=a.gather if of > 1 else None, tau=p["tau"], tau_pos=p["tau_pos"] or None)
     return State(p, a, method, forward, optimizer, recorder, made_with=[provenance(a.device)])
 
 # %% ../nbs/09_train.ipynb #6a77bab9
+def gradient_norms(
+    s: State,
+    q: torch.Tensor,  # (b, D) queries, which kept their gradient
+) -> dict:
+    "Norms of the loss's gradient: of each query's own loss at the query, averaged; at the weights of the last layer"
+    at_query = len(q) * q.grad.norm(dim=1).mean()  # the loss is a mean over the queries
+    return dict(grad_query=s.accelerator.reduce(at_query, "mean"), grad_last=s.method.encoder.last.weight.grad.norm())
+
 def train_step(
     s: State,
     v1: torch.Tensor, v2: torch.Tensor,  # (b, 3, H, W) two views of this process's share of the batch
@@ -157,14 +165,16 @@ def train_step(
     seeded(s.method.transform.generator, s.params["seed"], MIX, s.step)
     recorded = s.step % s.params["record_every"] == 0
     out = s.forward(v1, v2, mix, before=recorded)
+    if recorded: out.features[0].retain_grad()
     s.accelerator.backward(out.loss)
+    norms = gradient_norms(s, out.features[0]) if recorded else {}
     s.optimizer.step(); s.optimizer.zero_grad()
     s.method.update(out.k)
     loss = s.accelerator.reduce(out.loss.detach(), "mean")
     s.losses.append(loss)
     if recorded:
-        before = out.before or (out.pos, out.neg)
-        s.recorder.record(s.step, out.pos, out.neg, before, loss=loss, lr=lr, l_ex=out.l_ex, l_in=out.l_in)
+        s.recorder.record(s.step, out.pos, out.neg, out.before or (out.pos, out.neg), out.soft_max, out.features,
+                          loss=loss, lr=lr, l_ex=out.l_ex, l_in=out.l_in, **norms)
     s.step += 1
 
 # %% ../nbs/09_train.ipynb #b85ab51f
