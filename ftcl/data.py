@@ -241,7 +241,7 @@ def draw_crops(
     top, left = (u[2] * (h - ch + 1)).floor(), (u[3] * (w - cw + 1)).floor()
     first = fits.int().argmax(1, keepdim=True)  # (n, 1)
     crop = torch.stack([top, left, ch, cw], 2).gather(1, first[..., None].expand(-1, -1, 4))[:, 0]  # (n, 4)
-    bw, bh = min(w, round(h * ratio[1])), min(h, round(w / ratio[0]))
+    bw, bh = (min(n, max(round(o), 1)) for n, o in ((w, h * ratio[1]), (h, w / ratio[0])))
     centre = crop.new_tensor([(h - bh) // 2, (w - bw) // 2, bh, bw])
     return torch.where(fits.any(1)[:, None], crop, centre)
 
@@ -293,9 +293,8 @@ def blur(
     "Each image blurred with a kernel of its own, mirrored at its edges"
     reach = kernel.shape[1] - 1
     own, *near = kernel[..., None, None, None].unbind(1)  # (B, 1, 1, 1) each
-    x = F.pad(x, [reach] * 4, "reflect")
-    for axis in (2, 3):
-        n, old = x.shape[axis] - 2 * reach, x
+    for axis, pad in ((2, (0, 0, reach, reach)), (3, (reach, reach, 0, 0))):
+        n, old = x.shape[axis], F.pad(x, pad, "reflect")
         x = old.narrow(axis, reach, n) * own
         for d, weight in enumerate(near, 1):
             x.addcmul_(old.narrow(axis, reach - d, n) + old.narrow(axis, reach + d, n), weight)
@@ -372,8 +371,9 @@ def augment(
     drawn = _draw(b, h, w, how, size, generator, x.device)
     if rows is not None: x, *drawn = (o[rows] for o in (x, *drawn))
     out = torch.empty(len(x), 3, size, size, device=x.device)
-    n = max(3 * 2**17 // (h * w * 3), 1) if x.device.type == "cpu" else b  # images that fit a core's cache together
-    for each in zip(*(o.split(n) for o in (x, *drawn, out))): _apply(*each, mean, std)
+    n = 2**17 // max(h * w, size**2) if x.device.type == "cpu" else b  # images that fit a core's cache together
+    with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
+        for each in zip(*(o.split(max(n, 1)) for o in (x, *drawn, out))): _apply(*each, mean, std)
     return out
 
 # %% ../nbs/00_data.ipynb #4252dea1
@@ -385,8 +385,8 @@ def two_views(
     rows: Tensor | None = None,  # As in `augment`: the images of one of many processes
 ) -> tuple[Tensor, Tensor]:  # each (B, 3, size, size)
     "Two independent augmentations of each image, made as one batch of 2B and normalised"
-    both = None if rows is None else torch.cat([rows, len(x) + rows])
-    return augment(x.repeat(2, 1, 1, 1), how, size, generator, both, MEAN, STD).chunk(2)
+    if rows is not None: rows = torch.arange(2 * len(x), device=x.device).view(2, -1)[:, rows].flatten()
+    return augment(x.repeat(2, 1, 1, 1), how, size, generator, rows, MEAN, STD).chunk(2)
 
 # %% ../nbs/00_data.ipynb #4e7627e5
 def show_views(

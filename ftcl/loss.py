@@ -9,6 +9,7 @@ __all__ = ['scores', 'positive_logit', 'info_nce', 'streamed_info_nce']
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from .data import InputError, positive
 from .transform import row_blocks
@@ -16,22 +17,28 @@ from .transform import row_blocks
 # %% ../nbs/04_loss.ipynb #713f7c0d
 _LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # oneDNN's product; missing where PyTorch lacks oneDNN
 
+def _eager():
+    "Whether no compiler and no function transform looks on, which see through plain operations alone"
+    watched = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return not watched and forward_ad._current_level < 0
+
 class _Product(torch.autograd.Function):
     "a b^T of a (N, D) and b (M, D) by oneDNN"
     @staticmethod
     def forward(ctx, a, b):
+        a, b = (o if o.is_contiguous() or o.T.is_contiguous() else o.contiguous() for o in (a, b))
         ctx.save_for_backward(a, b)
         return _LINEAR(a, b, None, "none", [], "")
     @staticmethod
     def backward(ctx, grad):
         a, b = ctx.saved_tensors
-        return tuple(_product(g, o.T) if need else None
-                     for g, o, need in zip((grad, grad.T), (b, a), ctx.needs_input_grad))
+        for_a, for_b = ctx.needs_input_grad
+        return _product(grad, b.T) if for_a else None, grad.T @ a if for_b else None
 
 def _product(a, b):
     "a b^T, (N, M): on a CPU and in float32 by oneDNN"
     fits = _LINEAR and a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and a.numel() and b.numel()
-    return _Product.apply(a, b) if fits and not torch.compiler.is_compiling() else a @ b.T
+    return _Product.apply(a, b) if fits and a.shape[-1] == b.shape[-1] and _eager() else a @ b.T
 
 # %% ../nbs/04_loss.ipynb #97d0f143
 def scores(
@@ -87,7 +94,7 @@ def info_nce(
                          "(B, K): one positive and K negative scores for each of B queries.")
     logit = positive_logit(pos, tau, tau_pos)  # (B,)
     fits = neg.device.type == "cpu" and pos.dtype == neg.dtype in (torch.float32, torch.float64)
-    if fits and neg.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if fits and neg.requires_grad and torch.is_grad_enabled() and _eager():
         loss, m = _OnePass.apply(logit, neg, tau)
     else:
         m = (neg / tau).logsumexp(1)  # (B,)

@@ -1,4 +1,4 @@
-"Every fast path gives what the plain lines give, from the same random draws"
+"The fast scores, transformations, losses and records give what the plain lines give, from the same random draws"
 import itertools
 
 import pytest
@@ -69,3 +69,13 @@ def test_a_step_is_the_plain_step(mixing, level, renormalize, dtype, form):
         queue.enqueue(vectors[1])
         for i, key in enumerate(vectors[1]):
             ring[(turn * B + i) % K] = key
+
+
+def test_forward_mode_and_function_transforms_see_through_the_fast_paths():
+    q, k, keys = unit(B, 1), unit(B, 2), unit(K, 3)
+    fast = lambda q: info_nce(*scores(q, k, keys), TAU)
+    plain = lambda q: plain_step(q, k, keys, "none", "feature", False, None)[0]
+    torch.testing.assert_close(torch.func.grad(fast)(q), torch.func.grad(plain)(q))
+    torch.testing.assert_close(torch.func.jvp(fast, (q,), (k,)), torch.func.jvp(plain, (q,), (k,)))
+    both = torch.stack([q, k])
+    torch.testing.assert_close(torch.func.vmap(fast)(both), torch.stack([plain(q), plain(k)]))
