@@ -32,7 +32,7 @@ def read_runs(
     differ = [c for c in settings if settings[c].astype(str).nunique() > 1]
     runs, rows = {}, []
     for path, record, (_, own) in zip(paths, records, settings.iterrows()):
-        label = ", ".join(f"{c}={own[c]}" for c in differ) or path.stem
+        label = ", ".join(f"{c}={own[c]}" for c in differ) or Path(folder).name
         runs.setdefault(label, []).append(read_scores(path.with_suffix(".parquet"), ["step"]))
         rows.append({"run": label, "seed": record["parameters"].get("seed"), **record["metrics"],
                      **{c: record.get(c) for c in ("measured_on", "steps", "seconds", "device")}})
@@ -86,7 +86,7 @@ def plot_depth(
             part = data[data["run"] == run]
             ax.plot(part["step"], np.full(len(part), depth), part[column], color=color, lw=1.5, zorder=-depth)
         ax.set(xlabel="iteration", ylabel=setting, zlabel=label, yticks=range(len(runs)), yticklabels=runs)
-        ax.view_init(22, -60)
+        ax.view_init(22, -60); ax.set_box_aspect(None, zoom=.85)
     return fig
 
 # %% ../nbs/10_report.ipynb #387b2c11
