@@ -87,6 +87,7 @@ def plot_depth(
             ax.plot(part["step"], np.full(len(part), depth), part[column], color=color, lw=1.5, zorder=-depth)
         ax.set(xlabel="iteration", ylabel=setting, zlabel=label, yticks=range(len(runs)), yticklabels=runs)
         ax.view_init(22, -60); ax.set_box_aspect(None, zoom=.85)
+        ax.tick_params(labelsize="x-small"); ax.locator_params(axis="x", nbins=4)
     return fig
 
 # %% ../nbs/10_report.ipynb #387b2c11
