@@ -8,7 +8,7 @@ READY  := $(VENV)/ready
 SHELL        := /bin/bash
 .SHELLFLAGS  := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env ablation test clean readme lab
+.PHONY: help env ablation figures test clean readme lab
 
 help: ## list these commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -26,6 +26,9 @@ ablation: $(READY) ## the main job on the built-in shapes: none against posneg
 	$(BIN)/papermill --no-progress-bar --stderr-file /dev/stderr nbs/ablation.ipynb runs/ablation.ipynb
 	@cat runs/ablation/*.csv
 	@echo "Open runs/ablation.ipynb (make lab) for the curves; records and scores are in runs/ablation/."
+
+figures: $(READY) ## redraw every figure whose records or notebook changed
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/snakemake --cores 2 figures --quiet rules host
 
 test: $(READY) ## every notebook, then tests/
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
