@@ -28,7 +28,7 @@ ablation: $(READY) ## the main job on the built-in shapes: none against posneg
 	@echo "Open runs/ablation.ipynb (make lab) for the curves; records and scores are in runs/ablation/."
 
 figures: $(READY) ## redraw every figure whose records or notebook changed
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/snakemake --cores 2 figures --quiet rules host
+	$(BIN)/snakemake --cores 2 figures --quiet rules host
 
 test: $(READY) ## every notebook, then tests/
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print

@@ -2,7 +2,10 @@
 #   snakemake --cores 2 figures    draws every picture whose records or notebook changed (make figures)
 #   snakemake --cores 2 runs       trains the runs whose records are missing, one core each
 # On a cluster the same, with an executor plugin: snakemake --executor slurm --jobs 20 runs
+import sys
 from pathlib import Path
+
+PAPERMILL = f"{sys.executable} -m papermill --no-progress-bar --log-level WARNING"
 
 FIGURES = {  # notebook in nbs/figures: (folder of its records, its pictures)
     "mixing": ("cifar10-mixing", ["cifar10-mixing-accuracy", "cifar10-mixing-scores"]),
@@ -32,7 +35,7 @@ for notebook, (study, pictures) in FIGURES.items():
             records=sorted(str(p) for p in Path("results", study).glob("*") if p.suffix in (".json", ".parquet")),
         output: [f"figures/{p}.{ending}" for p in pictures for ending in ("png", "pdf")]
         log: f"runs/figures/{notebook}.ipynb"
-        shell: "papermill --no-progress-bar {input.notebook} {log} 2> /dev/null"
+        shell: "{PAPERMILL} {input.notebook} {log}"
 
 
 rule momentum_run:
@@ -42,7 +45,7 @@ rule momentum_run:
     log: "runs/cifar10-momentum/{mixing}-momentum{m}-s{seed}.ipynb"
     threads: 1
     shell:
-        "OMP_NUM_THREADS={threads} papermill --no-progress-bar nbs/pretrain.ipynb {log} -p dataset cifar10 -p n_images 20000 "
+        "OMP_NUM_THREADS={threads} {PAPERMILL} nbs/pretrain.ipynb {log} -p dataset cifar10 -p n_images 20000 "
         "-p holdout 5000 -p bn_splits 8 -p epochs 8 -p batch_size 256 -p tau 0.07 -p queue_size 4096 -p knn_every 4 "
         "-p checkpoint_every 0 -p mixing {wildcards.mixing} -p momentum {wildcards.m} -p seed {wildcards.seed} "
         "-p out results/cifar10-momentum -p name {wildcards.mixing}-momentum{wildcards.m}-s{wildcards.seed}"
