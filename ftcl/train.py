@@ -27,7 +27,7 @@ from .queue import Queue
 from .record import SCHEMA, check_types, check_values, deciding, defaults, difference, earlier
 from .record import provenance, read_record, writable, write_record
 from .transform import FeatureTransform
-from .visualize import ScoreRecorder, replacing
+from .visualize import LiveScores, ScoreRecorder, replacing
 
 # %% ../nbs/09_train.ipynb #c85b6196
 ORDER, VIEWS, MIX, WEIGHTS, QUEUE, HOLDOUT = range(6)  # what a run draws random numbers for
@@ -213,7 +213,7 @@ def train_epoch(
     s: State,
     train: ImageSet,  # On the device of the method
     generator: torch.Generator,  # Of the views, on the same device
-    bar: tqdm,
+    bar: tqdm, live: LiveScores,
     stopped: list,  # From `stop_signal`
 ):
     "The rest of the epoch that the next step lies in, or as much of it as the run is told to do"
@@ -228,7 +228,7 @@ def train_epoch(
         v1, v2 = two_views(train.x[idx], how, None, seeded(generator, p["seed"], VIEWS, s.step), rows)
         train_step(s, v1, v2, epoch >= p["start_epoch"], per_epoch * p["epochs"])
         bar.update(len(idx))
-        if s.step % 50 == 0: check_finite(s)
+        if s.step % 50 == 0: check_finite(s); start += live.update()
         if halted(s, stopped): break
     check_finite(s)  # waits for the device
     s.seconds += time.perf_counter() - start
@@ -374,9 +374,10 @@ def train_to_end(
     generator, main = torch.Generator(s.accelerator.device), s.accelerator.is_main_process
     bar = tqdm(total=total * p["batch_size"], initial=s.step * p["batch_size"], unit="img", unit_scale=True,
                desc=p["name"], mininterval=.5, leave=False, disable=not (p["progress"] and main))
+    live = LiveScores(s.recorder, p["name"]); live.watched &= not bar.disable
     with bar, stop_signal() as stopped:
         while s.step < total and not halted(s, stopped):
-            train_epoch(s, train, generator, bar, stopped)
+            train_epoch(s, train, generator, bar, live, stopped)
             if s.step % per_epoch == 0: end_epoch(s, train, test, bar)
             every = per_epoch * p["checkpoint_every"]
             if main and every and s.step % every == 0 and s.step < total: save_checkpoint(s, checkpoint)
@@ -384,6 +385,7 @@ def train_to_end(
             for ending in (".json", ".parquet"): checkpoint.with_suffix(ending).unlink(missing_ok=True)
         if main: save_checkpoint(s, checkpoint)
     if stopped: raise KeyboardInterrupt(f"stopped after step {s.step}; resume=True goes on from {checkpoint}")
+    live.close()
     return s.step == total
 
 # %% ../nbs/09_train.ipynb #5545eceb
