@@ -84,7 +84,7 @@ rule run:
 
 
 rule vectors:  # from the checkpoint that the run has left beside its record
-    input: "results/cifar10-settings/none-s0.json"
+    input: ancient("results/cifar10-settings/none-s0.json")
     output: "results/sphere/vectors.json", "results/sphere/vectors.parquet"
     log: "runs/sphere/vectors.ipynb"
     shell: "{PAPERMILL} nbs/vectors.ipynb {log} -p checkpoint results/cifar10-settings/none-s0.safetensors -p n_pairs 256 -p n_keys 512 -p out results/sphere"
