@@ -235,7 +235,8 @@ def html_report(
     "Curves of several runs as one HTML file that needs no network; raises `InputError` where it cannot be written"
     curves = score_figure(runs, columns).to_html(include_plotlyjs=True, full_html=False, div_id="scores")
     rows = "" if table is None else table.to_html(border=0, float_format=lambda v: f"{v:.4g}")
-    style = "body{font-family:sans-serif;margin:2em;max-width:1200px}div{overflow-x:auto}td,th{padding:.2em .8em;text-align:right;white-space:nowrap}"
+    style = ("body{font-family:sans-serif;margin:2em;max-width:1200px}div{overflow-x:auto}"
+             "td,th{padding:.2em .8em;text-align:right;white-space:nowrap}")
     page = f"""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>
 <link rel="icon" href="data:,"><style>{style}</style></head><body><h1>{escape(title)}</h1>
 <p>Choose runs by the menu, or by a click on the legend (two clicks: this one alone). Draw a box to zoom.</p>
