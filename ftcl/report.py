@@ -126,7 +126,8 @@ def plot_landscape(
             edges = np.append(band["step"], 2 * band["step"].iloc[-1] - band["step"].iloc[-min(2, len(band))])
             drawn = ax.pcolormesh(edges, [i - .5, i + .5], values.to_numpy()[None], norm=norm, rasterized=True)
         ax.set(yticks=range(len(runs)), yticklabels=runs, ylabel=setting, xlabel="iteration")
-        ax.set_ylim(len(runs) - .5, -.5); ax.patch.set(hatch="////", edgecolor=".7"); fig.colorbar(drawn, ax=ax, label=label)
+        ax.set_ylim(len(runs) - .5, -.5); ax.patch.set(hatch="////", edgecolor=".7")
+        fig.colorbar(drawn, ax=ax, label=label)
     return fig
 
 # %% ../nbs/10_report.ipynb #387b2c11
