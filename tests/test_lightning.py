@@ -1,0 +1,95 @@
+"What the callback needs more than one process, or another installation, to show"
+import runpy
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from ftcl.data import InputError
+from ftcl.lightning import ScoreCallback
+from ftcl.loss import info_nce, scores
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec")
+
+
+class Net(pl.LightningModule):
+    "Queries and keys of one layer, against fixed negatives that all processes have"
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Linear(20, 8)
+        self.register_buffer("keys", F.normalize(torch.randn(50, 8), dim=1))
+
+    def training_step(self, batch, _):
+        q, k = (F.normalize(self.net(v), dim=1) for v in batch)
+        pos, neg = scores(q, k, self.keys)
+        before = (pos.detach() / 2, neg.detach() / 2)
+        return dict(loss=info_nce(pos, neg, 0.2), pos=pos, neg=neg, before=before, features=(q, k))
+
+    def train_dataloader(self):
+        "Six batches of 32; of each, every process has its share"
+        x = torch.randn(192, 20, generator=torch.Generator().manual_seed(1))
+        rank, of = self.trainer.global_rank, self.trainer.world_size
+        views = (v[rank::of] for v in (x, x + 0.5 * x.roll(1, 0)))
+        return DataLoader(TensorDataset(*views), batch_size=32 // of)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.5)
+
+
+def fit(path, processes):
+    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    how = dict(accelerator="cpu", devices=processes, strategy="ddp" if processes > 1 else "auto", use_distributed_sampler=False)
+    callback = ScoreCallback(path, tau=0.2)
+    pl.Trainer(**how, max_epochs=2, callbacks=[callback], **quiet).fit(Net())
+    assert len(callback.recorder.rows) == 12  # in every process
+
+
+SCRIPT = """
+import os, sys
+sys.path.insert(0, {here!r})
+from test_lightning import InputError, fit
+try: fit({folder!r} + "/missing/two.parquet", 2)
+except InputError as e: open({folder!r} + "/refused" + os.environ["LOCAL_RANK"], "w").write(str(e))
+fit({folder!r} + "/two.parquet", 2)
+"""
+
+
+def test_two_processes_record_what_one_does(tmp_path):
+    "Started by Lightning, as it does for a script; first with a path that must stop both of them, and not leave one waiting"
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT.format(here=str(HERE), folder=str(tmp_path)))
+    run = subprocess.run([sys.executable, str(script)], cwd=HERE.parent, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    refused = [(tmp_path / f"refused{rank}").read_text() for rank in (0, 1)]
+    assert all(text.endswith("two.parquet cannot be written: No such file or directory.") for text in refused)
+    fit(tmp_path / "one.parquet", 1)
+    one, two = (pd.read_parquet(tmp_path / f"{n}.parquet") for n in ("one", "two"))
+    assert one["loss"].iloc[-1] < 0.7 * one["loss"].iloc[0] and {"effective_rank", "before_pos_mean", "pos_weight"} < set(one)
+    pd.testing.assert_frame_equal(one, two, rtol=1e-4, atol=1e-5)
+    assert sorted(p.name for p in tmp_path.glob("*.parquet*")) == ["one.parquet", "two.parquet"]
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_either_package_will_do_and_none_is_told(monkeypatch):
+    class Callback: ...
+
+    monkeypatch.setitem(sys.modules, "lightning", types.ModuleType("lightning"))
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", types.SimpleNamespace(Callback=Callback))
+    assert runpy.run_module("ftcl.lightning")["ScoreCallback"].__mro__[1] is Callback
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    assert runpy.run_module("ftcl.lightning")["ScoreCallback"].__mro__[1] is pl.Callback
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", None)
+    with pytest.raises(ImportError, match="^ftcl.lightning needs Lightning: install pytorch-lightning, or lightning.$"):
+        runpy.run_module("ftcl.lightning")
