@@ -13,7 +13,7 @@ FIGURES = {  # notebook in nbs/figures: (folder of its records, its pictures)
     "pipeline": ("", ["pipeline"]),
     "sphere": ("sphere", ["sphere", "sphere-pair"]),
     "momentum": ("cifar10-momentum", ["cifar10-momentum-scores", "cifar10-momentum-depth", "cifar10-momentum-accuracy"]),
-    "gradient": ("cifar10-momentum", ["cifar10-gradient-none", "cifar10-gradient-posneg"]),
+    "gradient": ("cifar10-momentum", ["cifar10-gradient-none", "cifar10-gradient-posneg", "cifar10-gradient-landscape"]),
     "extrapolation": ("cifar10-momentum", ["cifar10-extrapolation-scores", "l-ex-density"]),
     "interpolation": ("cifar10-momentum", ["cifar10-interpolation-scores", "l-in-density"]),
     "alpha": ("cifar10-settings", ["cifar10-alpha", "cifar10-level"]),
