@@ -372,9 +372,10 @@ def train_to_end(
     "Epoch after epoch, with checkpoints, until the last step or a stop"
     p = s.params; per_epoch = len(train) // p["batch_size"]; total = p["epochs"] * per_epoch
     generator, main = torch.Generator(s.accelerator.device), s.accelerator.is_main_process
+    shown = p["progress"] and main
+    live = LiveScores(s.recorder, p["name"], shown=shown)  # before the bar, which it would cut in two
     bar = tqdm(total=total * p["batch_size"], initial=s.step * p["batch_size"], unit="img", unit_scale=True,
-               desc=p["name"], mininterval=.5, leave=False, disable=not (p["progress"] and main))
-    live = LiveScores(s.recorder, p["name"]); live.watched &= not bar.disable
+               desc=p["name"], mininterval=.5, leave=False, disable=not shown)
     with bar, stop_signal() as stopped:
         while s.step < total and not halted(s, stopped):
             train_epoch(s, train, generator, bar, live, stopped)
@@ -385,7 +386,6 @@ def train_to_end(
             for ending in (".json", ".parquet"): checkpoint.with_suffix(ending).unlink(missing_ok=True)
         if main: save_checkpoint(s, checkpoint)
     if stopped: raise KeyboardInterrupt(f"stopped after step {s.step}; resume=True goes on from {checkpoint}")
-    live.close()
     return s.step == total
 
 # %% ../nbs/09_train.ipynb #5545eceb

@@ -10,6 +10,7 @@ __all__ = ['LIMIT', 'QUANTILES', 'STATISTICS', 'SOFTMAX', 'FEATURES', 'BINS', 'C
 # %% ../nbs/05_visualize.ipynb #9e8d5405
 import math, os, sys, time
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from itertools import cycle
 from numbers import Real
 from pathlib import Path
@@ -296,6 +297,19 @@ def plot_scores(
     return _legend_below(fig, *axes[0, 0].get_legend_handles_labels())
 
 # %% ../nbs/05_visualize.ipynb #b0a5180b
+@lru_cache(1)
+def _place(
+    request: str,  # Id of the request that runs the cell
+):  # Display handle
+    "The place under a cell for the curves of all its runs, above their progress bar; empty again when the cell is done"
+    ipython, empty = sys.modules["IPython"], {"text/plain": ""}
+    handle, events = ipython.display.display(empty, raw=True, display_id=True), ipython.get_ipython().events
+    def clear(result):
+        events.unregister("post_run_cell", clear)
+        if result.success: handle.update(empty, raw=True)
+    events.register("post_run_cell", clear)
+    return handle
+
 class LiveScores:
     "Curves of a recorder that are drawn anew in place while it fills, in a notebook that somebody has open"
     def __init__(self,
@@ -303,25 +317,20 @@ class LiveScores:
         label: str = "",  # Of the curves
         columns: dict = COLUMNS,  # Column -> axis label
         share: float = .05,  # Of the time, at most, goes into drawing
+        shown: bool = True,  # False: draw nothing
     ):
         self.recorder, self.label, self.columns, self.share = recorder, label, columns, share
         get_parent = getattr(getattr(sys.modules.get("IPython"), "get_ipython", dict)(), "get_parent", dict)
-        self.watched, self.due, self.handle = "cellId" in get_parent().get("metadata", {}), 0., None
+        request = get_parent(); watched = shown and "cellId" in request.get("metadata", {})
+        self.due, self.handle = 0., _place(request["header"]["msg_id"]) if watched else None
     def update(self) -> float:  # Seconds it took
         "Draw, if it is time again"
         start = time.perf_counter()
-        if not self.watched or start < self.due or len(self.recorder.rows) < 2: return 0.
+        if not self.handle or start < self.due or len(self.recorder.rows) < 2: return 0.
         fig = plot_scores({self.label: [self.recorder.frame()]}, self.columns); plt.close(fig)
-        self.show(fig)
+        self.handle.update(fig)
         now = time.perf_counter(); self.due = now + (now - start) / self.share
         return now - start
-    def show(self, what):
-        "Put something into the place of the curves"
-        if self.handle: return self.handle.update(what)
-        self.handle = sys.modules["IPython"].display.display(what, display_id=True)
-    def close(self):
-        "Make room for what is drawn at the end"
-        if self.handle: self.handle.update({"text/plain": ""}, raw=True)
 
 # %% ../nbs/05_visualize.ipynb #1863c0b0
 def plot_histogram(
