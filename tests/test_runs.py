@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import pytest
 import torch
@@ -73,6 +74,10 @@ def test_run_notebooks_run_at_their_defaults(name, tmp_path):
     assert run.returncode == 0, run.stderr
     assert read_record(tmp_path / name / f"{name}.json")["metrics"]["knn_backbone"] > 20
     assert not (ROOT / "nbs" / "runs").exists()
+    cells = [c for c in nbformat.read(f"{tmp_path / name}.ipynb", 4).cells if c.cell_type == "code"]
+    drawn = ["plot_scores" in c.source for c in cells for o in c.outputs if "image/png" in o.get("data", {})]
+    assert drawn == ([False, True] if name == "pretrain" else [False])
+    assert all(o.output_type == "stream" for c in cells if "pretrain(" in c.source for o in c.outputs)  # nothing is drawn while it trains
 
 
 @pytest.mark.parametrize(
