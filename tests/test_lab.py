@@ -2,7 +2,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 
@@ -46,7 +45,7 @@ def lab(tmp_path_factory):
     own |= {f"JUPYTERLAB_{n}_DIR": str(home / n) for n in ("SETTINGS", "WORKSPACES")}
     command = [sys.executable, "-m", "jupyterlab", *OPTIONS, *OFFLINE, f"--ServerApp.root_dir={home}"]
     with open(home / "log", "w") as log:
-        server = subprocess.Popen(command, env=os.environ | own | dict(OMP_NUM_THREADS="1"), stdout=log, stderr=log)
+        server = psutil.Popen(command, env=os.environ | own | dict(OMP_NUM_THREADS="1"), stdout=log, stderr=log)
     try:
         while not list(home.glob("RUNTIME/jpserver-*-open.html")):
             assert server.poll() is None, (home / "log").read_text()
@@ -54,9 +53,9 @@ def lab(tmp_path_factory):
         port = json.loads(next(home.glob("RUNTIME/jpserver-*.json")).read_text())["port"]
         yield home, f"http://127.0.0.1:{port}/lab"
     finally:
-        started = [*psutil.Process(server.pid).children(recursive=True), server]
+        kernels = server.children(recursive=True) if server.poll() is None else []
         server.terminate()
-        for p in psutil.wait_procs(started, 10)[1]: p.kill()
+        for p in psutil.wait_procs([*kernels, server], 10)[1]: p.kill()
 
 
 @pytest.fixture
