@@ -373,7 +373,7 @@ def train_to_end(
     p = s.params; per_epoch = len(train) // p["batch_size"]; total = p["epochs"] * per_epoch
     generator, main = torch.Generator(s.accelerator.device), s.accelerator.is_main_process
     shown = p["progress"] and main
-    live = LiveScores(s.recorder, p["name"], shown=shown)  # before the bar, which it would cut in two
+    live = LiveScores(s.recorder, p["name"], shown=shown, stays=False)  # before the bar, which it would cut in two
     bar = tqdm(total=total * p["batch_size"], initial=s.step * p["batch_size"], unit="img", unit_scale=True,
                desc=p["name"], mininterval=.5, leave=False, disable=not shown)
     with bar, stop_signal() as stopped:

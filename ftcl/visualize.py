@@ -300,14 +300,15 @@ def plot_scores(
 @lru_cache(1)
 def _place(
     request: str,  # Id of the request that runs the cell
+    stays: bool,
 ):  # Display handle
-    "The place under a cell for the curves of all its runs, above their progress bar; empty again when the cell is done"
+    "The place under a cell for the curves of all its runs, above their progress bar"
     ipython, empty = sys.modules["IPython"], {"text/plain": ""}
     handle, events = ipython.display.display(empty, raw=True, display_id=True), ipython.get_ipython().events
     def clear(result):
         events.unregister("post_run_cell", clear)
         if result.success: handle.update(empty, raw=True)
-    events.register("post_run_cell", clear)
+    if not stays: events.register("post_run_cell", clear)
     return handle
 
 class LiveScores:
@@ -318,11 +319,12 @@ class LiveScores:
         columns: dict = COLUMNS,  # Column -> axis label
         share: float = .05,  # Of the time, at most, goes into drawing
         shown: bool = True,  # False: draw nothing
+        stays: bool = True,  # False: the place is empty again when the cell is done
     ):
         self.recorder, self.label, self.columns, self.share = recorder, label, columns, share
         get_parent = getattr(getattr(sys.modules.get("IPython"), "get_ipython", dict)(), "get_parent", dict)
         request = get_parent(); watched = shown and "cellId" in request.get("metadata", {})
-        self.due, self.handle = 0., _place(request["header"]["msg_id"]) if watched else None
+        self.due, self.handle = 0., _place(request["header"]["msg_id"], stays) if watched else None
     def update(self) -> float:  # Seconds it took
         "Draw, if it is time again"
         start = time.perf_counter()
