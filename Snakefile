@@ -29,12 +29,12 @@ SHORT = dict(n_images=20000, holdout=5000, epochs=8)
 STUDIES = {  # folder in results: (what its runs share, {seeds: settings}); a setting is a mixing and what else it changes
     "cifar10-mixing": (dict(epochs=16, knn_every=4, record_every=8), {3: "none pos neg posneg"}),
     "cifar10-momentum": (SHORT | dict(tau=0.07, knn_every=4), {
-        3: "none-momentum1 none-momentum0.999 none-momentum0.99 none-momentum0.9 none-momentum0.8 none-momentum0.7 none-momentum0.6 none-momentum0.5 "
+        2: "none-momentum1 none-momentum0.999 none-momentum0.99 none-momentum0.9 none-momentum0.8 none-momentum0.7 none-momentum0.6 none-momentum0.5 "
            "posneg-momentum0.999 posneg-momentum0.99 posneg-momentum0.9 posneg-momentum0.5 pos-momentum0.99 neg-momentum0.99"}),
     "cifar10-settings": (SHORT | dict(record_every=4), {
         3: "none pos neg posneg pos-alpha0.2 pos-alpha8 neg-alpha_neg0.2 neg-alpha_neg8 pos-levelsample neg-levelsample posneg-levelsample "
-           "pos-leveldimension neg-leveldimension posneg-leveldimension posneg-start_epoch2 posneg-start_epoch4 posneg-start_epoch6 "
-           "none-epochs4 posneg-epochs4 none-epochs16 posneg-epochs16 none-epochs32 posneg-epochs32 posneg-epochs32-start_epoch8"}),
+           "pos-leveldimension neg-leveldimension posneg-leveldimension posneg-start_epoch2 posneg-start_epoch4 posneg-start_epoch6",
+        2: "none-epochs4 posneg-epochs4 none-epochs16 posneg-epochs16 none-epochs32 posneg-epochs32 posneg-epochs32-start_epoch8"}),
     "cifar10-regime": (SHORT | dict(record_every=6), {
         2: "none pos neg posneg pos-strength0.1 pos-strength0.2 pos-strength0.5 pos-start_epoch1 pos-start_epoch4 pos-start_epoch6 "
            "pos-renormalizeTrue pos-detach_keyTrue pos-neg_queryoriginal none-tau_pos0.0385 none-tau0.2 none-momentum0.5 pos-momentum0.5 "
