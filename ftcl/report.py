@@ -8,6 +8,7 @@ __all__ = ['PANELS', 'LOOP', 'DASHES', 'read_runs', 'quantile_density', 'plot_ri
 
 # %% ../nbs/10_report.ipynb #f55a6cc8
 from html import escape
+from io import BytesIO
 from itertools import cycle
 from pathlib import Path
 import matplotlib.pyplot as plt
@@ -16,21 +17,36 @@ import pandas as pd
 import plotly.graph_objects as go
 import seaborn as sns
 from matplotlib.colors import LogNorm, Normalize
+from matplotlib.patches import Patch
 from plotly.subplots import make_subplots
-from .data import InputError
+from .data import InputError, nearest
 from .evaluate import paired
 from .record import defaults, read_record
 from .train import pretrain
 from .visualize import BINS, FEATURES, LIMIT, QUANTILES, SOFTMAX, STATISTICS
-from .visualize import _need, join_scores, read_scores, replacing, seed_band
+from .visualize import _legend_below, _need, join_scores, read_scores, replacing, seed_band
 
 # %% ../nbs/10_report.ipynb #4d8d40c4
 def _label(pattern, settings):
     "`pattern`, filled in with the parameters of a run"
     try: return pattern.format(**settings)
-    except (KeyError, ValueError, IndexError) as e:
+    except (LookupError, ValueError, AttributeError, TypeError) as e:
         raise InputError(f"label is {pattern!r}, but must name parameters, as '{{mixing}}, tau = {{tau:g}}' ({e})."
                          ) from None
+
+def _paths(folder, names):
+    "Of the records, in the order of the patterns, each once"
+    found = {name: sorted(folder.glob(f"{name}.json")) for name in names}
+    for name in [n for n, paths in found.items() if not paths] or ["*"] * (not found):
+        raise InputError(f"there is no record {name}.json in {str(folder)!r}: give the `out` of a run.")
+    return list(dict.fromkeys(p for paths in found.values() for p in paths))
+
+def _once(metrics):
+    "The same rows; raises `InputError` if a label has one seed twice"
+    pairs = metrics.set_index("seed", append=True).index
+    for run, seed in pairs[pairs.duplicated()]:
+        raise InputError(f"two runs named {run!r} have the seed {seed}: name in `label` what differs between them.")
+    return metrics
 
 # %% ../nbs/10_report.ipynb #07cdd36f
 def read_runs(
@@ -38,10 +54,8 @@ def read_runs(
     names: str | list = "*",  # Which of them: a pattern, as `none-*`, or several
     label: str = "",  # Of a run, as `{mixing}, m = {momentum:g}`; empty: what differs between them
 ) -> tuple[dict, pd.DataFrame]:  # label -> data frames by seed; metrics, one row a run
-    "All runs of a study; raises `InputError` if there is none, or one that cannot be read"
-    names = [names] if isinstance(names, str) else names
-    paths = [p for n in names for p in sorted(Path(folder).glob(f"{n}.json"))]
-    if not paths: raise InputError(f"there is no record {names[0]}.json in {str(folder)!r}: give the `out` of a run.")
+    "All runs of a study; raises `InputError` if one is missing or cannot be read, or a label stands for two settings"
+    paths = _paths(Path(folder), [names] if isinstance(names, str) else names)
     records = [read_record(p) for p in paths]
     settings = [defaults(pretrain) | r["parameters"] for r in records]  # an early record lacks what came later
     differ = [n for n in settings[0] if n != "seed" and len({str(s[n]) for s in settings}) > 1]
@@ -51,7 +65,7 @@ def read_runs(
         runs.setdefault(run, []).append(read_scores(path.with_suffix(".parquet"), ["step"]))
         rows.append({"run": run, "seed": own["seed"], **record["metrics"],
                      **{c: record.get(c) for c in ("measured_on", "n_train", "steps", "seconds", "device")}})
-    return runs, pd.DataFrame(rows).set_index("run")
+    return runs, _once(pd.DataFrame(rows).set_index("run"))
 
 # %% ../nbs/10_report.ipynb #60f82992
 def quantile_density(
@@ -63,30 +77,34 @@ def quantile_density(
     return edges, np.diff(QUANTILES) / np.maximum(np.diff(edges), 2 * LIMIT / BINS)
 
 # %% ../nbs/10_report.ipynb #c8ecd323
+_SIDES = {s: (name, color, hatch) for s, name, color, hatch in zip(
+    ("neg", "pos"), ("negative", "positive"), sns.color_palette("colorblind"), ("", "////"))}
 def plot_ridges(
-    runs: dict,  # label -> data frame of one run
+    runs: dict,  # label -> data frame of one run, or a list of which the first is drawn
     before: bool = True,  # The scores before the transformation
     n: int = 8,  # Steps to show
 ):  # Figure
     "Distributions of positive and negative scores, from the first recorded step (top) to the last"
+    if not runs: raise InputError("there is no run to draw: give a dict of label -> data frame.")
     prefix = "before_" if before else ""
+    needed = ["step", *(f"{prefix}{s}_q{round(100 * p):02}" for s in _SIDES for p in QUANTILES)]
     fig, axes = plt.subplots(1, len(runs), figsize=(3.6 * len(runs), 4), layout="constrained", sharex=True,
                              squeeze=False)
     for ax, (label, frame) in zip(axes[0], runs.items()):
-        _need(frame, ["step", f"{prefix}pos_q01", f"{prefix}neg_q01"], f"the data frame of {label!r}")
+        frame = frame if isinstance(frame, pd.DataFrame) else frame[0]
+        _need(frame, needed, f"the data frame of {label!r}")
         shown = frame.iloc[np.linspace(0, len(frame) - 1, min(n, len(frame))).round().astype(int)]
         for i, (_, row) in enumerate(shown.iterrows()):
-            for name, color, hatch in zip(("neg", "pos"), sns.color_palette("colorblind"), ("", "////")):
+            for name, (_, color, hatch) in _SIDES.items():
                 edges, density = quantile_density(row, prefix + name)
                 if not np.isfinite(edges).all():
                     ax.text(.5, -i, "not a number", transform=ax.get_yaxis_transform()); break
-                ax.stairs(-i + .9 * density / density.max(), edges, baseline=-i, fill=True, fc=(*color, .5), ec=color,
-                          hatch=hatch, label=f"{'negative' if name == 'neg' else 'positive'} scores" * (i == 0))
-        ax.set(yticks=-np.arange(len(shown)), yticklabels=shown["step"].astype(int), title=label,
-               xlabel="cosine" if before else "inner product", ylabel="iteration")
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    sns.despine(fig, left=True)
-    return fig
+                look = dict(fill=True, fc=(*color, .5), ec=color, hatch=hatch)
+                ax.stairs(-i + .9 * density / density.max(), edges, baseline=-i, **look)
+        ax.set(yticks=-np.arange(len(shown)), yticklabels=shown["step"].astype(int), title=label, ylabel="iteration")
+        ax.set_xlabel("cosine" if before else "inner product")
+    patches = [Patch(fc=(*c, .5), ec=c, hatch=h, label=f"{n} scores") for n, c, h in _SIDES.values()]
+    return _legend_below(fig, patches, [p.get_label() for p in patches])
 
 # %% ../nbs/10_report.ipynb #069cb594
 def plot_depth(
@@ -108,6 +126,13 @@ def plot_depth(
     return fig
 
 # %% ../nbs/10_report.ipynb #22e39d8b
+def _cells(steps, values):
+    "Edges and values of cells around the middles `steps`, NaN where the record has a hole"
+    width = np.median(np.diff(steps)) if len(steps) > 1 else 1.
+    left, right = steps - width / 2, steps + width / 2
+    holes = np.flatnonzero(np.diff(steps) > 1.5 * width)
+    return np.insert(np.append(left, right[-1]), holes + 1, right[holes]), np.insert(values, holes + 1, np.nan)
+
 def plot_landscape(
     runs: dict,  # label -> list of data frames, one per seed; the labels in their order
     columns: dict,  # Column -> label of the colours
@@ -121,10 +146,12 @@ def plot_landscape(
     for ax, (column, label) in zip(axes[0], columns.items()):
         bands = [seed_band(data[data["run"] == run], column) for run in runs]
         shown = [b["mean"].where(b["mean"] > 0) if log else b["mean"] for b in bands]
-        norm = (LogNorm if log else Normalize)(min(map(np.nanmin, shown)), max(map(np.nanmax, shown)))
+        every = pd.concat(shown).dropna()
+        if every.empty: raise InputError(f"{column} has no finite value{' above 0' * log} in these runs.")
+        norm = (LogNorm if log else Normalize)(every.min(), every.max())
         for i, (band, values) in enumerate(zip(bands, shown)):
-            edges = np.append(band["step"], 2 * band["step"].iloc[-1] - band["step"].iloc[-min(2, len(band))])
-            drawn = ax.pcolormesh(edges, [i - .5, i + .5], values.to_numpy()[None], norm=norm, rasterized=True)
+            edges, cells = _cells(band["step"].to_numpy(), values.to_numpy())
+            drawn = ax.pcolormesh(edges, [i - .5, i + .5], cells[None], norm=norm, rasterized=True)
         ax.set(yticks=range(len(runs)), yticklabels=runs, ylabel=setting, xlabel="iteration")
         ax.set_ylim(len(runs) - .5, -.5); ax.patch.set(hatch="////", edgecolor=".7")
         fig.colorbar(drawn, ax=ax, label=label)
@@ -151,6 +178,7 @@ def run_page(
     fig, axes = plt.subplots(3, 3, figsize=(10, 7), layout="constrained", sharex=True)
     for ax, (name, (columns, label)) in zip(axes.flat, PANELS.items()):
         ax.set(title=name, ylabel=label); here = [c for c in columns if c in data]
+        if len(here) < len(columns) == 5: here = []  # bands need all of them
         if not here: ax.text(.5, .5, "not recorded", ha="center", transform=ax.transAxes)
         elif len(here) == 5:
             for low, high, alpha in ((0, 4, .2), (1, 3, .4)):
@@ -168,8 +196,9 @@ def compare_runs(
     metrics: pd.DataFrame,  # From `read_runs`
     baseline: str | dict,  # Label of the baseline; or a setting's label -> that of its baseline
     metric: str = "knn_backbone",
-) -> pd.DataFrame:  # A row a label: `n`, `mean`, `sd`; `difference`, `low`, `high` over seeds that both have
+) -> pd.DataFrame:  # A row a label: `n`, `mean`, `sd`, `difference`, `low`, `high` over the seeds of both
     "Settings against a baseline; raises `InputError` for one that is not there, or shares no seed"
+    if metric not in metrics: raise InputError(f"there is no metric {metric!r}.{nearest(metric, list(metrics))}")
     by_seed = {run: part.set_index("seed")[metric] for run, part in metrics.groupby("run", sort=False)}
     rows = {}
     for run, values in by_seed.items():
@@ -179,7 +208,7 @@ def compare_runs(
         if both.empty: raise InputError(f"{run!r} and {of!r} have no seed in common.")
         pair = paired(by_seed[of][both], values[both])
         against = {} if of == run else {c: pair[c] for c in ("difference", "low", "high")}
-        rows[run] = dict(n=len(values), mean=values.mean(), sd=values.std(), **against)
+        rows[run] = dict(n=len(both), mean=values[both].mean(), sd=values[both].std(), **against)
     return pd.DataFrame.from_dict(rows, "index", columns=["n", "mean", "sd", "difference", "low", "high"])
 
 # %% ../nbs/10_report.ipynb #82bae19c
@@ -198,7 +227,8 @@ def plot_settings(
     left.set(yticks=list(rows.values()), yticklabels=rows, xlabel=label, ylim=(len(rows) - .5, -.5))
     known = table.dropna(subset="difference").astype(float)
     half = known[["low", "high"]].sub(known["difference"], axis=0).abs().T  # NaN for one seed: no bar
-    right.errorbar(known["difference"], known.index.map(rows), xerr=half, fmt="o", color="black", ms=4, lw=1)
+    if len(known):
+        right.errorbar(known["difference"], known.index.map(rows), xerr=half, fmt="o", color="black", ms=4, lw=1)
     right.axvline(0, color=".7", ls="--")
     right.set(xlabel="difference from the baseline\n(points, paired, 95% interval)")
     for ax in (left, right): ax.grid(axis="y", color=".92")
@@ -219,35 +249,41 @@ def _meaning(column):
     return f"{meaning}{early}" + f" ({unit})" * bool(unit)
 
 # %% ../nbs/10_report.ipynb #3964525a
+def _plain(label):
+    "Text that Plotly shows as it is"
+    return escape(str(label)).replace("%{", "%&#123;")
+
 def _choice(runs, owners):
     "A menu that shows all runs, or one of them; `owners` are the labels of the curves"
     pick = lambda chosen: [chosen is None or o == chosen for o in owners]
-    options = {"all runs": None} | {f"only {r}": r for r in runs}
+    options = {"all runs": None} | {f"only {r}": r for r in map(_plain, runs)}
     return dict(buttons=[dict(label=text, method="restyle", args=["visible", pick(r)]) for text, r in options.items()],
-                x=0, xanchor="left", y=1.02, yanchor="bottom")
+                x=0, xanchor="left", y=1, yanchor="bottom", pad=dict(b=40))  # px above the first title
 
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")  # so that runs differ in grey as well
 def score_figure(
     runs: dict,  # label -> list of data frames, one per seed (or a single one)
-    columns: list = (),  # To show; empty: every column that all runs have
+    columns: list = (),  # To show, or their names in one text; empty: every column that all runs have
 ) -> go.Figure:
     "One panel a statistic, one curve a run and seed; `InputError` for a missing column, or where nothing is shared"
+    columns = columns.split() if isinstance(columns, str) else list(columns)
     data = join_scores(runs, bins=300, columns=columns)
-    shared = [c for c in data if data.groupby("run")[c].apply(lambda v: v.notna().any()).all()]
-    columns = list(columns) or [c for c in shared if c not in ("step", "run", "seed", "window")]
+    frames = [f for own in runs.values() for f in ([own] if isinstance(own, pd.DataFrame) else own)]
+    columns = columns or [c for c in frames[0] if c != "step" and all(c in f for f in frames)]
     if not columns: raise InputError("the runs share no statistic: give runs that were recorded alike.")
     rows, looks = -(-len(columns) // 2), list(zip(cycle(sns.color_palette("colorblind").as_hex()), DASHES * len(runs)))
     fig = make_subplots(rows, 2, subplot_titles=[_meaning(c) for c in columns], vertical_spacing=.25 / rows)
     for i, column in enumerate(columns):
         for (label, part), (color, dash) in zip(data.groupby("run", sort=False), looks):
             for seed, curve in part.groupby("seed"):
-                fig.add_scatter(x=curve["step"], y=curve[column], name=str(label), legendgroup=str(label),
+                fig.add_scatter(x=curve["step"], y=curve[column], name=_plain(label), legendgroup=_plain(label),
                                 showlegend=i == 0 and seed == 0, connectgaps=False,
                                 line=dict(color=color, dash=dash, width=1.5),
-                                hovertemplate=f"{label}, seed {seed}: %{{y:.4g}} at %{{x:.0f}}<extra></extra>",
+                                hovertemplate=f"{_plain(label)}, run {seed + 1}: %{{y:.4g}} at %{{x:.0f}}<extra></extra>",
                                 row=i // 2 + 1, col=i % 2 + 1)
     menu = _choice(runs, [t.name for t in fig.data])
-    fig.update_layout(height=300 * rows, template="simple_white", hovermode="x", updatemenus=[menu])
+    fig.update_layout(height=300 * rows, template="simple_white", hovermode="x", updatemenus=[menu],
+                      margin_t=110)
     return fig.update_annotations(font_size=12).update_xaxes(title_text="iteration", title_standoff=2)
 
 # %% ../nbs/10_report.ipynb #ed2d8724
@@ -267,7 +303,8 @@ def html_report(
 <link rel="icon" href="data:,"><style>{style}</style></head><body><h1>{escape(title)}</h1>
 <p>Choose runs by the menu, or by a click on the legend (two clicks: this one alone). Draw a box to zoom.</p>
 {curves}<div>{rows}</div></body></html>"""
-    with replacing(Path(path)) as part: part.write_text(page)
+    if not Path(path).name: raise InputError(f"path is {str(path)!r}, but must name a .html file.")
+    with replacing(Path(path)) as part: part.write_text(page, encoding="utf-8")
 
 # %% ../nbs/10_report.ipynb #6b1e41be
 def project() -> Path:
@@ -288,5 +325,7 @@ def save_figure(
     "Write a figure as `.pdf` and `.png` into the project's `figures`; raises `InputError` where it cannot"
     how = {"pdf": dict(metadata=dict.fromkeys(("CreationDate", "Producer", "Creator"))),
            "png": dict(dpi=110, metadata={"Software": None})}
-    for ending, options in how.items():
-        with replacing(project() / "figures" / f"{name}.{ending}") as part: fig.savefig(part, format=ending, **options)
+    drawn = {ending: BytesIO() for ending in how}
+    for ending, options in how.items(): fig.savefig(drawn[ending], format=ending, **options)
+    for ending, data in drawn.items():
+        with replacing(project() / "figures" / f"{name}.{ending}") as part: part.write_bytes(data.getvalue())

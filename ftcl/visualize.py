@@ -8,7 +8,7 @@ __all__ = ['LIMIT', 'QUANTILES', 'STATISTICS', 'SOFTMAX', 'FEATURES', 'BINS', 'C
            'join_scores', 'seed_band', 'plot_scores', 'LiveScores', 'plot_histogram', 'plot_lambda']
 
 # %% ../nbs/05_visualize.ipynb #9e8d5405
-import math, os, sys, time
+import math, os, sys, time, warnings
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from itertools import cycle
@@ -131,6 +131,11 @@ def _scalar(name, value, device):
     if isinstance(value, Real): return torch.full((), float(value), dtype=torch.float64, device=device)
     raise InputError(f"{name} is {value!r}, but must be one number.")
 
+def _pair(name, value):
+    "Raise `InputError` unless `value` is a pair of tensors, or nothing"
+    if value is None or isinstance(value, tuple | list) and [isinstance(o, Tensor) for o in value] == [True] * 2: return
+    raise InputError(f"{name} must be a pair of tensors, or None.")
+
 # %% ../nbs/05_visualize.ipynb #512982b0
 @contextmanager
 def replacing(
@@ -169,6 +174,7 @@ class ScoreRecorder:
         **more,  # Further numbers to keep beside them: loss, lr, ...
     ):
         "Add one step; values stay on the device until they are asked for"
+        _pair("before", before); _pair("features", features)
         now = self._scores(pos, neg, soft_max)
         if before:
             same = before[0] is pos and before[1] is neg
@@ -231,6 +237,14 @@ def read_scores(
         raise InputError(f"{path} is cut short or damaged: copy it again, or make the record anew.") from None
     return _need(frame, columns, path)
 
+# %% ../nbs/05_visualize.ipynb #80bd05e9
+def _numbers(frame, label):
+    "The same frame; raises `InputError` if a column is no number, or a step is not finite"
+    text = [c for c in frame if not pd.api.types.is_numeric_dtype(frame[c])]
+    if text: raise InputError(f"the column {text[0]} of {label!r} holds {frame[text[0]].dtype}, but must hold numbers.")
+    if not np.isfinite(frame["step"]).all(): raise InputError(f"a step of {label!r} is not a finite number.")
+    return frame
+
 # %% ../nbs/05_visualize.ipynb #f0468064
 def join_scores(
     runs: dict,  # label -> list of data frames, one per seed (or a single data frame)
@@ -241,11 +255,12 @@ def join_scores(
     parts = []
     for label, frames in runs.items():
         frames = [frames] if isinstance(frames, pd.DataFrame) else frames
-        frames = [_need(f, ["step", *columns], f"a data frame of {label!r}") for f in frames]
-        steps = np.concatenate([[], *(f["step"] for f in frames)])
-        window = int(np.ptp(steps) // bins + 1) if len(steps) else 1
+        if not frames: raise InputError(f"{label!r} has no data frame: give one per seed.")
+        frames = [_numbers(_need(f, ["step", *columns], f"a data frame of {label!r}"), label) for f in frames]
+        steps = np.concatenate([f["step"] for f in frames])
+        window = int(np.ptp(steps) // bins + 1)
         for i, f in enumerate(frames):
-            part = f.replace(np.inf, np.nan).groupby((f["step"] - steps.min()) // window)
+            part = f.replace([np.inf, -np.inf], np.nan).groupby((f["step"] - steps.min()) // window)
             mean = part.mean().where(part.count().eq(part.size(), axis=0))
             parts.append(mean.assign(run=label, seed=i, window=window))
     if not parts: raise InputError("there is no run to draw: give a dict of label -> list of data frames.")
@@ -281,6 +296,7 @@ def plot_scores(
 ):  # Figure
     "Score statistics against iteration, one line a setting, the band spans the seeds; a gap where a seed has no number"
     if before: columns = {f"before_{c}": label.replace("inner product", "cosine") for c, label in columns.items()}
+    if not columns: raise InputError("there is no column to draw: give column -> label of its axis.")
     data = join_scores(runs, columns=columns)
     fig, axes = plt.subplots(1, len(columns), figsize=(2.9 * len(columns), 3), layout="constrained", squeeze=False)
     colors = cycle(sns.color_palette("colorblind"))
@@ -288,6 +304,8 @@ def plot_scores(
         for ax, column in zip(axes[0], columns):
             band = seed_band(part, column)
             ax.plot(band["step"], band["mean"], color=color, ls=ls, label=label)
+            alone = band["mean"].shift().isna() & band["mean"].shift(-1).isna()  # between two gaps
+            ax.plot(band["step"], band["mean"].where(alone), ".", color=color)
             ax.fill_between(band["step"], band["low"], band["high"], color=color, alpha=.2, lw=0)
     for ax, label in zip(axes[0], columns.values()): ax.set(xlabel="iteration", ylabel=label)
     low, high = data["window"].min(), data["window"].max()
@@ -321,7 +339,7 @@ class LiveScores:
         shown: bool = True,  # False: draw nothing
         stays: bool = True,  # False: the place is empty again when the cell is done
     ):
-        self.recorder, self.label, self.columns, self.share = recorder, label, columns, share
+        self.recorder, self.label, self.columns, self.share = recorder, label, columns, positive("share", share)
         get_parent = getattr(getattr(sys.modules.get("IPython"), "get_ipython", dict)(), "get_parent", dict)
         request = get_parent(); watched = shown and "cellId" in request.get("metadata", {})
         self.due, self.handle = 0., _place(request["header"]["msg_id"], stays) if watched else None
@@ -329,8 +347,11 @@ class LiveScores:
         "Draw, if it is time again"
         start = time.perf_counter()
         if not self.handle or start < self.due or len(self.recorder.rows) < 2: return 0.
-        fig = plot_scores({self.label: [self.recorder.frame()]}, self.columns); plt.close(fig)
-        self.handle.update(fig)
+        try:
+            fig = plot_scores({self.label: [self.recorder.frame()]}, self.columns); plt.close(fig)
+            self.handle.update(fig)
+        except Exception as e:  # a picture is not worth a training
+            warnings.warn(f"the curves are drawn no more: {e}"); self.handle = None
         now = time.perf_counter(); self.due = now + (now - start) / self.share
         return now - start
 
