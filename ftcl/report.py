@@ -279,7 +279,8 @@ def score_figure(
                 fig.add_scatter(x=curve["step"], y=curve[column], name=_plain(label), legendgroup=_plain(label),
                                 showlegend=i == 0 and seed == 0, connectgaps=False,
                                 line=dict(color=color, dash=dash, width=1.5),
-                                hovertemplate=f"{_plain(label)}, run {seed + 1}: %{{y:.4g}} at %{{x:.0f}}<extra></extra>",
+                                hovertemplate=f"{_plain(label)}, run {seed + 1}: "
+                                              "%{y:.4g} at %{x:.0f}<extra></extra>",
                                 row=i // 2 + 1, col=i % 2 + 1)
     menu = _choice(runs, [t.name for t in fig.data])
     fig.update_layout(height=300 * rows, template="simple_white", hovermode="x", updatemenus=[menu],

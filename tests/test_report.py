@@ -51,7 +51,7 @@ def test_the_report_opens_draws_and_switches_runs(page, tmp_path):
     page.wait_for_function(f"({SHOWN})().every(n => n === 'mixing=posneg')")
     page.locator("#scores .nsewdrag").first.hover(force=True)
     page.wait_for_selector("#scores .hovertext")
-    assert "posneg, seed" in page.locator("#scores .hoverlayer").text_content()
+    assert "posneg, run 1" in page.locator("#scores .hoverlayer").text_content()
 
 
 def test_the_notebook_makes_the_page(page, tmp_path):
