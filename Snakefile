@@ -1,5 +1,5 @@
 # The paper as a graph of notebook runs.
-#   snakemake --cores 2 figures              draws every picture whose records or notebook changed (make figures)
+#   snakemake --cores 2 figures              draws every picture whose records or notebook changed (make figures); with -F every one
 #   snakemake --cores 2 runs                 trains the runs whose records are missing, one core each
 #   snakemake --profile profiles/slurm runs  the same on a cluster, one job a run; any other executor plugin works alike
 import re
@@ -60,7 +60,7 @@ rule figures:
 
 
 rule runs:
-    input: [f"{run}.{ending}" for run in RUNS for ending in ("json", "parquet")], "results/sphere/vectors.parquet"
+    input: [f"{run}.{ending}" for run in RUNS for ending in ("json", "parquet")]
 
 
 for notebook, (study, pictures) in FIGURES.items():
@@ -83,8 +83,8 @@ rule run:
     shell: "OMP_NUM_THREADS={threads} {PAPERMILL} nbs/pretrain.ipynb {log} {params}"
 
 
-rule vectors:  # from the checkpoint that the run has left beside its record
-    input: ancient("results/cifar10-settings/none-s0.json")
-    output: "results/sphere/vectors.json", "results/sphere/vectors.parquet"
+rule vectors:  # from the checkpoint that a run leaves beside its record (not in git: without it remove none-s0.* and make `runs`)
+    input: "results/cifar10-settings/none-s0.safetensors"
+    output: "results/sphere/vectors.json"
     log: "runs/sphere/vectors.ipynb"
     shell: "{PAPERMILL} nbs/vectors.ipynb {log} -p checkpoint results/cifar10-settings/none-s0.safetensors -p n_pairs 256 -p n_keys 512 -p out results/sphere"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PANELS', 'LOOP', 'DASHES', 'read_runs', 'made_with', 'quantile_density', 'plot_ridges', 'plot_depth',
-           'plot_landscape', 'run_page', 'compare_runs', 'plot_settings', 'score_figure', 'html_report', 'project',
-           'paper_style', 'save_figure']
+           'plot_landscape', 'run_page', 'compare_runs', 'plot_settings', 'score_figure', 'html_report', 'plot_beta',
+           'project', 'paper_style', 'save_figure']
 
 # %% ../nbs/10_report.ipynb #f55a6cc8
 from html import escape
@@ -20,11 +20,12 @@ import seaborn as sns
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.patches import Patch
 from plotly.subplots import make_subplots
+from scipy.stats import beta
 from .data import InputError, nearest
 from .evaluate import paired
 from .record import defaults, read_record
 from .train import pretrain
-from .visualize import BINS, FEATURES, LIMIT, QUANTILES, SOFTMAX, STATISTICS
+from .visualize import BINS, FEATURES, LIMIT, LINES, QUANTILES, SOFTMAX, STATISTICS
 from .visualize import _legend_below, _need, join_scores, read_scores, replacing, seed_band
 
 # %% ../nbs/10_report.ipynb #4d8d40c4
@@ -318,6 +319,22 @@ def html_report(
 {curves}<div>{rows}</div></body></html>"""
     if not Path(path).name: raise InputError(f"path is {str(path)!r}, but must name a .html file.")
     with replacing(Path(path)) as part: part.write_text(page, encoding="utf-8")
+
+# %% ../nbs/10_report.ipynb #5cae8dec
+def plot_beta(
+    alphas: list,  # Of Beta(alpha, alpha), one curve each
+    drawn: pd.Series,  # The l of a run's steps, at one of these alphas
+    low: float,  # Of the range of l, which has the width 1: 0 for l_in, 1 for l_ex
+    label: str,  # Of l
+):  # Figure
+    "Density of l for several alphas, and a histogram of what was drawn; cut off at 3.5"
+    x = np.linspace(.001, .999, 400)
+    fig, ax = plt.subplots(figsize=(5.4, 3.2), layout="constrained")
+    for a, color, ls in zip(alphas, sns.color_palette("viridis", len(alphas)), LINES):
+        ax.plot(x + low, beta(a, a).pdf(x), color=color, ls=ls, label=f"alpha = {a:g}")
+    ax.hist(drawn, 25, density=True, color=".85", label=f"drawn, {len(drawn):,} steps")
+    ax.set(xlabel=label, ylabel="density (cut off at 3.5)", ylim=(0, 3.5))
+    return _legend_below(fig, *ax.get_legend_handles_labels())
 
 # %% ../nbs/10_report.ipynb #6b1e41be
 def project() -> Path:
