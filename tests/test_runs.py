@@ -1,5 +1,6 @@
 "Whole runs: the run notebooks by papermill, as a user starts them, and a run that is interrupted"
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,10 +20,10 @@ from ftcl.train import read_checkpoint
 ROOT = Path(__file__).parent.parent
 
 
-def papermill(name, out, **parameters):
+def papermill(notebook, out, **parameters):
     "Run a notebook; `out` is its output folder"
     flags = [o for n, v in ({"out": out} | parameters).items() for o in ("-p", n, str(v))]
-    command = [sys.executable, "-m", "papermill", "--no-progress-bar", f"nbs/{name}.ipynb", f"{out}.ipynb", *flags]
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", f"nbs/{notebook}.ipynb", f"{out}.ipynb", *flags]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -77,7 +78,8 @@ def test_run_notebooks_run_at_their_defaults(name, tmp_path):
     cells = [c for c in nbformat.read(f"{tmp_path / name}.ipynb", 4).cells if c.cell_type == "code"]
     drawn = ["plot_scores" in c.source for c in cells for o in c.outputs if "image/png" in o.get("data", {})]
     assert drawn == ([False, True] if name == "pretrain" else [False])
-    assert all(o.output_type == "stream" for c in cells if "pretrain(" in c.source for o in c.outputs)  # nothing is drawn while it trains
+    while_training = [o.output_type for c in cells if "pretrain(" in c.source for o in c.outputs]
+    assert set(while_training) == {"stream"}  # a bar, and nothing drawn
 
 
 @pytest.mark.parametrize(
@@ -103,6 +105,8 @@ def test_measuring_notebooks_leave_a_table_and_a_picture(name, small, tmp_path):
         ("ablation", {"mixing": "both"}, "mixing is 'both', but must be one of none, pos, neg, posneg."),
         ("pretrain", {"dataset": "no/such/folder"}, "dataset 'no/such/folder' was not found"),
         ("evaluate", {"checkpoint": "nowhere.safetensors"}, "the checkpoint nowhere.safetensors cannot be read"),
+        ("vectors", {"checkpoint": "nowhere.safetensors"}, "the checkpoint nowhere.safetensors cannot be read"),
+        ("vectors", {"n_pairs": 0}, "n_pairs is 0, but must be at least 1."),
     ],
 )
 def test_a_mistake_is_one_sentence_and_nothing_is_left(name, wrong, told, tmp_path):
@@ -117,6 +121,20 @@ RUN = """
 from ftcl.train import pretrain
 pretrain(n_images=2048, epochs=3, batch_size=64, queue_size=256, mixing="posneg", out={out!r}, name={name!r}, resume=True)
 """
+
+
+def test_vectors_lose_nothing_that_lies_there(whole, tmp_path):
+    for path in whole.parent.iterdir():
+        shutil.copy(path, tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    checkpoint = str(tmp_path / "whole.safetensors")
+    told = papermill("vectors", tmp_path, name="whole", checkpoint=checkpoint).stderr
+    assert "holds the record of a run with checkpoint=''" in told
+    assert before.items() <= {p.name: p.read_bytes() for p in tmp_path.iterdir()}.items()
+    assert papermill("vectors", tmp_path, checkpoint=checkpoint, n_pairs=8, n_keys=20).returncode == 0
+    frame = pd.read_parquet(tmp_path / "vectors.parquet")
+    assert frame["kind"].value_counts().to_dict() == {"queue": 20, "q": 8, "k": 8}
+    assert ((frame.filter(like="z") ** 2).sum(axis=1) - 1).abs().max() < 1e-5
 
 
 def start(folder, name):
