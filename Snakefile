@@ -68,7 +68,8 @@ for notebook, (study, pictures) in FIGURES.items():
         name: f"figure_{notebook}"
         input:
             notebook=f"nbs/figures/{notebook}.ipynb",
-            records=sorted(str(p) for p in Path("results", study).glob("*") if study and p.suffix in (".json", ".parquet")),
+            # absolute paths, which no rule makes: drawing never trains, not even with -F
+            records=sorted(str(p.resolve()) for p in Path("results", study).glob("*") if study and p.suffix in (".json", ".parquet")),
         output: [f"figures/{p}.{ending}" for p in pictures for ending in ("png", "pdf")]
         log: f"runs/figures/{notebook}.ipynb"
         shell: "{PAPERMILL} {input.notebook} {log}"

@@ -49,6 +49,11 @@ def test_the_graph_redraws_what_is_missing_and_nothing_else(tmp_path):
     assert (tmp_path / pictures[0]).exists()
 
 
+def test_drawing_never_trains():
+    planned = snakemake(ROOT, "--dry-run", "--forceall", "figures")
+    assert "rule figure_alpha:" in planned and "rule run:" not in planned and "rule vectors:" not in planned
+
+
 def test_no_run_of_the_graph_is_missing():
     assert "Nothing to be done" in snakemake(ROOT, "--dry-run", "runs")
 
