@@ -5,133 +5,192 @@
 # %% auto #0
 __all__ = ['scores', 'positive_logit', 'info_nce', 'streamed_info_nce']
 
-# %% ../nbs/04_loss.ipynb #3e52d1c8
+# %% ../nbs/04_loss.ipynb #940f6e2a
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
-from .data import InputError, positive
-from .transform import row_blocks
+from .core import InputError, check_shapes, positive, row_blocks
+from .transform import check_vectors
 
-# %% ../nbs/04_loss.ipynb #713f7c0d
-_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # oneDNN's product; missing where PyTorch lacks oneDNN
+# %% ../nbs/04_loss.ipynb #55584c29
+_ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # None: PyTorch lacks oneDNN
 
-def _eager():
-    "Whether no compiler and no function transform looks on, which see through plain operations alone"
+def _runs_eagerly():
+    "Whether no compiler and no function transform looks on"
     watched = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     return not watched and forward_ad._current_level < 0
 
-class _Product(torch.autograd.Function):
+# %% ../nbs/04_loss.ipynb #86995a08
+class _OneDNNProduct(torch.autograd.Function):
     "a b^T of a (N, D) and b (M, D) by oneDNN"
     @staticmethod
     def forward(ctx, a, b):
-        a, b = (o if o.is_contiguous() or o.T.is_contiguous() else o.contiguous() for o in (a, b))
+        a = _dense(a)
+        b = _dense(b)
         ctx.save_for_backward(a, b)
-        return _LINEAR(a, b, None, "none", [], "")
+        return _ONEDNN_LINEAR(a, b, None, "none", [], "")  # (N, M)
     @staticmethod
     def backward(ctx, grad):
         a, b = ctx.saved_tensors
         for_a, for_b = ctx.needs_input_grad
-        return _product(grad, b.T) if for_a else None, grad.T @ a if for_b else None
+        grad_a = _inner_products(grad, b.T) if for_a else None  # (N, D)
+        grad_b = grad.T @ a if for_b else None  # (M, D)
+        return grad_a, grad_b
 
-def _product(a, b):
-    "a b^T, (N, M): on a CPU and in float32 by oneDNN"
-    fits = _LINEAR and a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and a.numel() and b.numel()
-    return _Product.apply(a, b) if fits and a.shape[-1] == b.shape[-1] and _eager() else a @ b.T
+def _dense(x):
+    "`x`, or a copy whose rows or columns lie in memory one after another"
+    return x if x.is_contiguous() or x.T.is_contiguous() else x.contiguous()
 
-# %% ../nbs/04_loss.ipynb #97d0f143
+def _inner_products(a, b):
+    "a b^T, (N, M), of a (N, D) and b (M, D): `a @ b.T`, or oneDNN's where that is faster"
+    float32 = a.dtype == b.dtype == torch.float32
+    if not (_ONEDNN_LINEAR and a.device.type == "cpu" and float32 and _runs_eagerly()):
+        return a @ b.T
+    fits = a.shape[-1] == b.shape[-1] and a.numel() and b.numel()
+    return _OneDNNProduct.apply(a, b) if fits else a @ b.T
+
+# %% ../nbs/04_loss.ipynb #f3bdb3fd
 def scores(
     q: Tensor,  # (B, D) queries
     k: Tensor,  # (B, D) positive keys
-    keys: Tensor,  # (K, D) negative keys
+    keys: Tensor,  # (K, D) negative keys, or (B, S, D): each query's own
     q_neg: Tensor | None = None,  # (B, D) queries for the negatives; None: `q`
-) -> tuple[Tensor, Tensor]:  # pos (B,), neg (B, K)
+) -> tuple[Tensor, Tensor]:  # pos (B,), neg (B, K) or (B, S); raises `InputError` for other shapes
     "Inner products of each query with its own key and with every negative"
-    return (q * k).sum(1), _product(q if q_neg is None else q_neg, keys)
+    query = q if q_neg is None else q_neg
+    check_vectors(q, k, keys, q_neg=query)
+    pos = (q * k).sum(1)  # (B,)
+    if keys.ndim == 3:
+        return pos, torch.bmm(keys, query[:, :, None])[:, :, 0]  # (B, S)
+    return pos, _inner_products(query, keys)  # (B, K)
 
-# %% ../nbs/04_loss.ipynb #9cc7d3b7
+# %% ../nbs/04_loss.ipynb #fdad870d
+def _logits(neg, tau):
+    "neg / tau, (B, K), with the lowest finite number in place of minus infinity"
+    logits = neg / tau
+    return logits.clamp(min=torch.finfo(logits.dtype).min)
+
+def _soft_max(neg, tau):
+    "log sum_i e^{neg_i / tau} of each query, (B,), as plain operations"
+    return _logits(neg, tau).logsumexp(1)
+
+# %% ../nbs/04_loss.ipynb #b1be7991
 class _OnePass(torch.autograd.Function):
-    "InfoNCE and the soft maximum m (B,) of logits (B,) and negative scores (B, K), the gradient made on the way"
+    "InfoNCE and soft maximum (B,) of logits (B,) and negative scores (B, K), with the gradient"
     @staticmethod
     def forward(ctx, logit, neg, tau):
-        push, m = torch.empty_like(neg), torch.empty_like(logit)  # (B, K), (B,)
-        for s, w, l, o in row_blocks(neg, push, logit, m):
-            top = s.amax(1, keepdim=True).clamp_(min=torch.finfo(s.dtype).min)  # (b, 1)
-            torch.sub(s, top, out=w).mul_(1 / tau).exp_()
-            total = w.sum(1, keepdim=True)
-            o.copy_((total.log() + top / tau)[:, 0])
-            w.mul_(torch.sigmoid(o - l)[:, None] / (len(neg) * tau * total.clamp_(min=torch.finfo(s.dtype).tiny)))
-        ctx.save_for_backward(torch.sigmoid(m - logit) / -len(m), push)
-        ctx.mark_non_differentiable(m)
-        return -F.logsigmoid(logit - m).mean(), m
+        push = torch.empty_like(neg)  # (B, K): the gradient in neg
+        soft_max = torch.empty_like(logit)  # (B,)
+        limits = torch.finfo(neg.dtype)
+        for score, weight, own_logit, m in row_blocks(neg, push, logit, soft_max):
+            top = score.amax(1, keepdim=True).clamp_(min=limits.min)  # (b, 1)
+            torch.sub(score, top, out=weight).mul_(1 / tau).exp_()  # (b, K)
+            total = weight.sum(1, keepdim=True)  # (b, 1)
+            m.copy_((total.log() + top / tau)[:, 0])
+            missing = torch.sigmoid(m - own_logit)[:, None]  # (b, 1): 1 - p_+
+            weight.mul_(missing / (len(neg) * tau * total.clamp_(min=limits.tiny)))
+        pull = torch.sigmoid(soft_max - logit) / -len(soft_max)  # (B,): the gradient in logit
+        ctx.save_for_backward(logit, neg, pull, push)
+        ctx.tau = tau
+        ctx.mark_non_differentiable(soft_max)
+        return -F.logsigmoid(logit - soft_max).mean(), soft_max
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad, _):
-        pull, push = ctx.saved_tensors
+        logit, neg, pull, push = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody wants to differentiate again
+            pull, push = _plain_gradient(logit, neg, ctx.tau)
+            return grad * pull, grad * push, None
         return grad * pull, push if grad == 1 else grad * push, None
 
-# %% ../nbs/04_loss.ipynb #320c5b33
+def _plain_gradient(logit, neg, tau):
+    "The gradient of InfoNCE in logits (B,) and negative scores (B, K), as plain operations"
+    missing = torch.sigmoid(_soft_max(neg, tau) - logit) / len(neg)  # (B,)
+    weights = _logits(neg, tau).softmax(1)  # (B, K)
+    return -missing, missing[:, None] * weights / tau
+
+# %% ../nbs/04_loss.ipynb #a214fdbc
 def positive_logit(
     pos: Tensor,  # (B,)
-    tau: float,
+    tau: float,  # Temperature, above 0
     tau_pos: float | None = None,  # Temperature of the positive's distance 1 - pos; None: `tau`
 ) -> Tensor:  # (B,)
-    "What the softmax sees of a positive score"
-    return pos / tau if tau_pos is None else 1 / tau - (1 - pos) / positive("tau_pos", tau_pos)
+    "What the softmax sees of a positive score; raises `InputError` for a wrong temperature"
+    tau = float(positive("tau", tau))
+    if tau_pos is None:
+        return pos / tau
+    return 1 / tau - (1 - pos) / float(positive("tau_pos", tau_pos))
 
+# %% ../nbs/04_loss.ipynb #1a291696
 def info_nce(
     pos: Tensor,  # (B,)
-    neg: Tensor,  # (B, K)
+    neg: Tensor,  # (B, K); minus infinity where a negative is masked
     tau: float,  # Temperature, above 0
     tau_pos: float | None = None,  # Temperature of the positive's distance 1 - pos; None: `tau`
     with_soft_max: bool = False,  # Return m (B,), too: log sum_i e^{neg_i/tau} of each query
-) -> Tensor:  # Scalar, in nats; differentiable once where it is made in one pass; raises `InputError` for other shapes
+) -> Tensor:  # Scalar, in nats; raises `InputError` for other shapes
     "-log( e^{pos/tau} / (e^{pos/tau} + sum_i e^{neg_i/tau}) ), averaged over the batch"
-    positive("tau", tau)
-    if not (pos.ndim == 1 and neg.ndim == 2 and len(pos) == len(neg) and neg.numel()):
-        raise InputError(f"pos and neg have the shapes {tuple(pos.shape)} and {tuple(neg.shape)}, but must be (B,) and "
-                         "(B, K): one positive and K negative scores for each of B queries.")
+    tau = float(positive("tau", tau))
+    check_shapes(pos=(pos, "B"), neg=(neg, "BK"))
+    if not neg.numel():
+        raise InputError(f"neg has the shape {tuple(neg.shape)}, but must hold a negative.")
+    pos = _at_least_float32(pos)
+    neg = _at_least_float32(neg)
     logit = positive_logit(pos, tau, tau_pos)  # (B,)
-    fits = neg.device.type == "cpu" and pos.dtype == neg.dtype in (torch.float32, torch.float64)
-    if fits and neg.requires_grad and torch.is_grad_enabled() and _eager():
-        loss, m = _OnePass.apply(logit, neg, tau)
+    on_cpu = neg.device.type == "cpu" and pos.dtype == neg.dtype in (torch.float32, torch.float64)
+    if on_cpu and neg.requires_grad and torch.is_grad_enabled() and _runs_eagerly():
+        loss, soft_max = _OnePass.apply(logit, neg, tau)
     else:
-        m = (neg / tau).logsumexp(1)  # (B,)
-        loss = -F.logsigmoid(logit - m).mean()
-    return (loss, m.detach()) if with_soft_max else loss
+        soft_max = _soft_max(neg, tau)  # (B,)
+        loss = -F.logsigmoid(logit - soft_max).mean()
+    if not with_soft_max:
+        return loss
+    empty = soft_max <= torch.finfo(soft_max.dtype).min  # (B,) all negatives are masked
+    return loss, soft_max.detach().masked_fill(empty, -torch.inf)
 
-# %% ../nbs/04_loss.ipynb #ddedf85a
+def _at_least_float32(x):
+    "`x`, in float32 if it has 16 bits"
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+# %% ../nbs/04_loss.ipynb #bfd7156c
 class _Attention(torch.autograd.Function):
-    "log sum_i e^{q n_i / tau} of each query, with the keys' softmax-weighted mean as its gradient"
+    "log sum_i e^{q n_i / tau} of each query (B,), with the softmax-weighted mean key as gradient"
     @staticmethod
     def forward(ctx, q, keys, tau):
         top = q.new_full((len(q), 1), torch.finfo(q.dtype).min)  # (B, 1) highest score so far
-        total, mean = torch.zeros_like(top), torch.zeros_like(q)  # (B, 1), (B, D)
-        for n in keys.split(1024):
-            s = _product(q, n)  # (B, 1024)
-            new = torch.maximum(top, s.amax(1, keepdim=True))
-            w, fade = s.sub_(new).mul_(1 / tau).exp_(), ((top - new) / tau).exp_()
-            total, mean, top = total * fade + w.sum(1, keepdim=True), mean * fade + _product(w, n.T), new
+        total = torch.zeros_like(top)  # (B, 1) sum of exponentials
+        mean = torch.zeros_like(q)  # (B, D) weighted sum of keys
+        for some in keys.split(1024):  # (1024, D)
+            score = _inner_products(q, some)  # (B, 1024)
+            higher = torch.maximum(top, score.amax(1, keepdim=True))
+            weight = score.sub_(higher).mul_(1 / tau).exp_()
+            fade = ((top - higher) / tau).exp_()
+            total = total * fade + weight.sum(1, keepdim=True)
+            mean = mean * fade + _inner_products(weight, some.T)
+            top = higher
         ctx.save_for_backward(mean / (total * tau))
         return (total.log() + top / tau)[:, 0]
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        mean, = ctx.saved_tensors
-        return grad[:, None] * mean, None, None
+        if torch.is_grad_enabled():
+            raise InputError("streamed_info_nce can be differentiated once: take "
+                             "info_nce(*scores(...)) for a second derivative.")
+        return grad[:, None] * ctx.saved_tensors[0], None, None
 
-# %% ../nbs/04_loss.ipynb #6b144557
+# %% ../nbs/04_loss.ipynb #6c981189
 def streamed_info_nce(
     q: Tensor,  # (B, D) queries
     k: Tensor,  # (B, D) positive keys
     keys: Tensor,  # (K, D) negative keys, without a gradient
     tau: float,  # Temperature, above 0
     q_neg: Tensor | None = None,  # (B, D) queries for the negatives; None: `q`
-) -> Tensor:  # Scalar, in nats; differentiable once; raises `InputError` if `keys` needs a gradient
-    "`info_nce(*scores(q, k, keys, q_neg), tau)` without the scores"
-    positive("tau", tau)
+) -> Tensor:  # Scalar, in nats; differentiable once
+    "`info_nce(*scores(q, k, keys, q_neg), tau)` without the scores; raises as they do"
+    tau = float(positive("tau", tau))
+    query = q if q_neg is None else q_neg
+    check_shapes(q=(q, "BD"), k=(k, "BD"), q_neg=(query, "BD"), keys=(keys, "KD"))
     if keys.requires_grad:
-        raise InputError("keys needs a gradient, which is not streamed: take info_nce(*scores(...)).")
-    soft_max = _Attention.apply(q if q_neg is None else q_neg, keys, tau)
+        raise InputError("keys needs a gradient, which is not streamed: take "
+                         "info_nce(*scores(...)).")
+    soft_max = _Attention.apply(query, keys, tau)  # (B,)
     return -F.logsigmoid((q * k).sum(1) / tau - soft_max).mean()
