@@ -1,4 +1,5 @@
 "What the callback needs more than one process, or another installation, to show"
+
 import runpy
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ftcl.data import InputError
+from ftcl.core import InputError
 from ftcl.lightning import ScoreCallback
 from ftcl.loss import info_nce, scores
 
@@ -33,25 +34,38 @@ class Net(pl.LightningModule):
     def training_step(self, batch, _):
         q, k = (F.normalize(self.net(v), dim=1) for v in batch)
         pos, neg = scores(q, k, self.keys)
+        loss = info_nce(pos, neg, 0.2)
         before = (pos.detach() / 2, neg.detach() / 2)
-        return dict(loss=info_nce(pos, neg, 0.2), pos=pos, neg=neg, before=before, features=(q, k))
+        return dict(loss=loss, pos=pos, neg=neg, before=before, features=(q, k))
 
     def train_dataloader(self):
-        "Six batches of 32; of each, every process has its share"
+        "Six batches of 32; every process has its part of each"
         x = torch.randn(192, 20, generator=torch.Generator().manual_seed(1))
-        rank, of = self.trainer.global_rank, self.trainer.world_size
-        views = (v[rank::of] for v in (x, x + 0.5 * x.roll(1, 0)))
-        return DataLoader(TensorDataset(*views), batch_size=32 // of)
+        rank = self.trainer.global_rank
+        count = self.trainer.world_size
+        views = (v[rank::count] for v in (x, x + 0.5 * x.roll(1, 0)))
+        return DataLoader(TensorDataset(*views), batch_size=32 // count)
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.5)
 
 
 def fit(path, processes):
-    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    how = dict(accelerator="cpu", devices=processes, strategy="ddp" if processes > 1 else "auto", use_distributed_sampler=False)
+    "Two epochs of `Net`, recorded into `path`"
     callback = ScoreCallback(path, tau=0.2)
-    pl.Trainer(**how, max_epochs=2, callbacks=[callback], **quiet).fit(Net())
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=processes,
+        strategy="ddp" if processes > 1 else "auto",
+        use_distributed_sampler=False,
+        max_epochs=2,
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Net())
     assert len(callback.recorder.rows) == 12  # in every process
 
 
@@ -59,37 +73,47 @@ SCRIPT = """
 import os, sys
 sys.path.insert(0, {here!r})
 from test_lightning import InputError, fit
-try: fit({folder!r} + "/run.py/two.parquet", 2)
-except InputError as e: open({folder!r} + "/refused" + os.environ["LOCAL_RANK"], "w").write(str(e))
+try:
+    fit({folder!r} + "/run.py/two.parquet", 2)
+except InputError as e:
+    open({folder!r} + "/refused" + os.environ["LOCAL_RANK"], "w").write(str(e))
 fit({folder!r} + "/two.parquet", 2)
 """
 
 
 def test_two_processes_record_what_one_does(tmp_path):
-    "Started by Lightning, as it does for a script; first with a path that must stop both of them, and not leave one waiting"
+    """Lightning starts them, as it does for a script.
+
+    The first path must stop both of them, and not leave one waiting."""
     script = tmp_path / "run.py"
     script.write_text(SCRIPT.format(here=str(HERE), folder=str(tmp_path)))
-    run = subprocess.run([sys.executable, str(script)], cwd=HERE.parent, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, str(script)]
+    run = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     refused = [(tmp_path / f"refused{rank}").read_text() for rank in (0, 1)]
     assert all("'two' cannot be written to the output folder" in text for text in refused)
     fit(tmp_path / "one.parquet", 1)
-    one, two = (pd.read_parquet(tmp_path / f"{n}.parquet") for n in ("one", "two"))
-    assert one["loss"].iloc[-1] < 0.7 * one["loss"].iloc[0] and {"effective_rank", "before_pos_mean", "pos_weight"} < set(one)
+    one = pd.read_parquet(tmp_path / "one.parquet")
+    two = pd.read_parquet(tmp_path / "two.parquet")
+    assert one["loss"].iloc[-1] < 0.7 * one["loss"].iloc[0]
+    assert {"effective_rank", "before_pos_mean", "pos_weight"} < set(one)
     pd.testing.assert_frame_equal(one, two, rtol=1e-4, atol=1e-5)
-    assert sorted(p.name for p in tmp_path.glob("*.parquet*")) == ["one.parquet", "two.parquet"]
+    written = sorted(p.name for p in tmp_path.glob("*.parquet*"))
+    assert written == ["one.parquet", "two.parquet"]
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 def test_either_package_will_do_and_none_is_told(monkeypatch):
     class Callback: ...
 
+    package = types.SimpleNamespace(Callback=Callback)
     monkeypatch.setitem(sys.modules, "lightning", types.ModuleType("lightning"))
-    monkeypatch.setitem(sys.modules, "lightning.pytorch", types.SimpleNamespace(Callback=Callback))
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", package)
     assert runpy.run_module("ftcl.lightning")["ScoreCallback"].__mro__[1] is Callback
     monkeypatch.setitem(sys.modules, "lightning", None)
     monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
     assert runpy.run_module("ftcl.lightning")["ScoreCallback"].__mro__[1] is pl.Callback
     monkeypatch.setitem(sys.modules, "pytorch_lightning", None)
-    with pytest.raises(ImportError, match="^ftcl.lightning needs Lightning: install pytorch-lightning, or lightning.$"):
+    told = "^ftcl.lightning needs Lightning: install pytorch-lightning, or lightning.$"
+    with pytest.raises(ImportError, match=told):
         runpy.run_module("ftcl.lightning")

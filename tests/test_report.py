@@ -1,44 +1,79 @@
 "The report in a real browser: it opens from disk, draws, switches runs and logs no error"
+
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import sync_playwright
 
-from ftcl.report import html_report, read_runs
+from ftcl.report import html_report
+from ftcl.study import read_runs
 
-from test_runs import ROOT, papermill
-
-BROWSER = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
-SHOWN = "() => document.getElementById('scores').data.filter(t => (t.visible ?? true) === true).map(t => t.name)"
+ROOT = Path(__file__).parent.parent
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+BROWSER = next((path for path in map(shutil.which, NAMES) if path), None)
+MOMENTUM = ROOT / "results" / "cifar10-momentum"
+SHOWN = """() => document.getElementById('scores').data
+    .filter(trace => (trace.visible ?? true) === true).map(trace => trace.name)"""
+OVERLAPS = """() => {
+    const texts = ['annotation-text', 'legendtext', 'updatemenu-header', 'xtitle'];
+    const found = document.querySelectorAll(texts.map(name => '#scores .' + name).join());
+    const boxes = [...found].map(o => o.getBoundingClientRect());
+    const meet = (a, b) => a.left < b.right && b.left < a.right
+        && a.top < b.bottom && b.top < a.bottom;
+    return boxes.flatMap((a, i) => boxes.slice(i + 1).filter(b => meet(a, b))).length;
+}"""
 
 
 @pytest.fixture
 def page():
     "A page of headless Chromium without a network; fails if anything was logged as an error"
-    if not BROWSER: pytest.skip("no Chromium here: install the package chromium")
+    if not BROWSER:
+        pytest.skip("no Chromium here: install the package chromium")
+    options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    errors = []
     with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
-        context = browser.new_context(offline=True)
-        page, errors = context.new_page(), []
+        browser = p.chromium.launch(executable_path=BROWSER, args=options)
+        page = browser.new_context(offline=True).new_page()
         page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda e: errors.append(str(e)))
         yield page
         browser.close()
-        assert not errors, errors
+    assert not errors, errors
+
+
+def papermill(out, **parameters):
+    "Run the notebook; `out` is the page"
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", "nbs/report.ipynb"]
+    command.append(f"{out}.ipynb")
+    for name, value in (dict(out=out) | parameters).items():
+        command += ["-p", name, str(value)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def opened(page, path):
+    "The page, once its curves are drawn"
+    page.goto(f"file://{path}")
+    page.wait_for_selector("#scores .scatterlayer path.js-line")
+    page.wait_for_selector("#scores .legend .traces")
+    return page
 
 
 def test_the_report_opens_draws_and_switches_runs(page, tmp_path):
-    runs, metrics = read_runs(ROOT / "results" / "cifar10-momentum", "*-momentum0.99-*")
-    runs = {k: v for k, v in runs.items() if k in ("mixing=none", "mixing=posneg")}
-    html_report(runs, tmp_path / "report.html", "none against posneg", metrics, ["neg_mean", "neg_var", "grad_query"])
-    page.goto(f"file://{tmp_path}/report.html")
-    page.wait_for_selector("#scores .legend .traces")
+    runs, metrics = read_runs(MOMENTUM, "*-momentum0.99-*")
+    runs = {label: runs[label] for label in ("mixing=none", "mixing=posneg")}
+    columns = ["neg_mean", "neg_var", "grad_query"]
+    path = tmp_path / "report.html"
+    html_report(runs, path, "none against posneg", metrics, columns)
+    opened(page, path)
     assert page.title() == "none against posneg"
     assert page.locator("table tbody tr").count() == len(metrics)
     drawn = page.locator("#scores .scatterlayer path.js-line")
     assert drawn.count() == 3 * sum(map(len, runs.values()))
-    paths = [d.get_attribute("d") for d in drawn.all()]
-    assert all(p.count("L") >= 1 for p in paths) and max(map(len, paths)) > 1000  # curves; flat ones are short
+    paths = [line.get_attribute("d") for line in drawn.all()]
+    assert all("L" in p for p in paths) and max(map(len, paths)) > 1000  # flat curves are short
     assert set(page.evaluate(SHOWN)) == set(runs)
     page.locator("#scores .updatemenu-header").click()
     page.locator("#scores .updatemenu-dropdown-button").nth(2).click()
@@ -54,15 +89,56 @@ def test_the_report_opens_draws_and_switches_runs(page, tmp_path):
     assert "posneg, run 1" in page.locator("#scores .hoverlayer").text_content()
 
 
+@pytest.mark.parametrize("width", [800, 1200])
+def test_nothing_covers_anything(page, tmp_path, width):
+    runs, _ = read_runs(MOMENTUM, "*")
+    page.set_viewport_size(dict(width=width, height=900))
+    for name, columns in (("all", ""), ("one", "grad_last")):
+        html_report(runs, tmp_path / f"{name}.html", columns=columns)
+        opened(page, tmp_path / f"{name}.html")
+        assert page.evaluate(OVERLAPS) == 0
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_no_text_becomes_a_link(page, tmp_path):
+    link = '<a href="https://example.org">%{x}</a>'
+    runs, metrics = read_runs(MOMENTUM, "none-momentum0.99-*")
+    (frames,) = runs.values()
+    strange = {link: [frame.rename(columns={"loss": link}) for frame in frames]}
+    table = metrics.rename(index=lambda _: link, columns={"seed": link})
+    html_report(strange, tmp_path / "report.html", link, table, [link])
+    opened(page, tmp_path / "report.html")
+    assert page.title() == link and page.locator("h1").text_content() == link
+    page.locator("#scores .nsewdrag").first.hover(force=True)
+    page.wait_for_selector("#scores .hovertext")
+    assert f"{link}, run 1" in page.locator("#scores .hoverlayer").text_content()
+    page.locator("#scores .updatemenu-header").click()
+    for where in (".annotation-text", ".legendtext", ".updatemenu-dropdown-button"):
+        assert link in "".join(page.locator(f"#scores {where}").all_text_contents()), where
+    assert page.locator("th").filter(has_text=link).count() == 1 + len(metrics)
+    assert page.locator("[href*=example]").count() == 0
+    assert page.locator("svg a").count() == 0
+
+
 def test_the_notebook_makes_the_page(page, tmp_path):
     out = tmp_path / "page.html"
-    run = papermill("report", out, records=str(ROOT / "results" / "cifar10-momentum"), names="none-momentum0.99-*", columns="loss")
+    names = "none-momentum0.99-*"
+    run = papermill(out, records=MOMENTUM, names=names, columns="loss")
     assert run.returncode == 0, run.stderr
-    page.goto(f"file://{out}")
-    page.wait_for_selector("#scores .scatterlayer path.js-line")
+    opened(page, out)
 
 
-def test_a_folder_without_records_is_named(tmp_path):
-    run = papermill("report", tmp_path / "x.html", records=str(tmp_path))
-    assert run.returncode != 0 and "there is no record" in run.stderr
-    assert not (tmp_path / "x.html").exists()
+@pytest.mark.parametrize(
+    "out, wrong, told",
+    [
+        ("x.html", {"records": "nbs"}, "there is no record"),
+        ("x.html", {"names": "nothing-*"}, "there is no record nothing-*.json"),
+        ("x.html", {"colums": "loss"}, "unknown parameter 'colums'. Did you mean 'columns'?"),
+        ("x.json", {}, "its name must end in .html."),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_no_page(tmp_path, out, wrong, told):
+    run = papermill(tmp_path / out, **{"records": MOMENTUM} | wrong)
+    said = [line for line in run.stderr.splitlines() if line.startswith("InputError:")]
+    assert run.returncode != 0 and len(said) == 1 and told in said[0]
+    assert not (tmp_path / out).exists()
