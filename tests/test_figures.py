@@ -1,69 +1,113 @@
-"Every figure has a notebook, a rule and a picture; the graph redraws what is missing and nothing else"
+"Every figure has a notebook, a rule and a picture; the graph redraws what is missing, no more"
+
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
+import pytest
 import yaml
 
-from ftcl.record import deciding, defaults, read_record
+from ftcl.record import defaults, read_record, result_parameters
+from ftcl.study import read_studies
 from ftcl.train import pretrain
 
 ROOT = Path(__file__).parent.parent
-RULES = {n: re.findall(r'"([a-z0-9-]+)"', pictures) for n, pictures in re.findall(r'^    "(\w+)": \("[a-z0-9-]*", \[(.*?)\]\)', (ROOT / "Snakefile").read_text(), re.M)}
+FIGURES = sorted((ROOT / "nbs" / "figures").glob("[!.]*.ipynb"))
+STUDIES = read_studies(ROOT / "studies.yaml")
 
 
 def snakemake(folder, *command):
     "Standard output and error of a run in `folder`"
-    run = subprocess.run([sys.executable, "-m", "snakemake", "--cores", "2", *command], cwd=folder, capture_output=True, text=True)
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", *command]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return run.stdout + run.stderr
 
 
+@cache
+def pictures():
+    "Notebook: the files that its rule makes, as snakemake tells them"
+    made = {}
+    for line in snakemake(ROOT, "--summary", "figures").splitlines():
+        columns = line.split("\t")
+        if columns[0].startswith("figures/"):
+            notebook = columns[2].removeprefix("figure_")
+            made.setdefault(notebook, []).append(columns[0])
+    return made
+
+
 def test_every_figure_has_a_notebook_a_rule_and_a_picture():
-    assert set(RULES) == {p.stem for p in (ROOT / "nbs" / "figures").glob("*.ipynb")}
-    drawn = {p for pictures in RULES.values() for p in pictures}
-    assert {p.stem for p in (ROOT / "figures").iterdir()} == drawn
-    assert all((ROOT / "figures" / f"{p}.{ending}").stat().st_size > 5000 for p in drawn for ending in ("png", "pdf"))
+    assert set(pictures()) == {path.stem for path in FIGURES}
+    drawn = {ROOT / file for files in pictures().values() for file in files}
+    assert set((ROOT / "figures").iterdir()) == drawn
+    names = {path.with_suffix("") for path in drawn}
+    assert drawn == {name.with_suffix(ending) for name in names for ending in (".png", ".pdf")}
+    assert all(path.stat().st_size > 5000 for path in drawn)
 
 
 def test_every_item_of_the_paper_has_a_notebook():
-    heads = [json.loads(p.read_text())["cells"][0]["source"] for p in sorted((ROOT / "nbs" / "figures").glob("*.ipynb"))]
-    items = [int(n) for head in heads for n in re.findall(r"^> Item (\d+) of the paper's", "".join(head), re.M)]
+    items = []
+    for path in FIGURES:
+        head = "".join(json.loads(path.read_text())["cells"][0]["source"])
+        items += map(int, re.findall(r"^> Item (\d+) of the paper's", head, re.M))
     assert sorted(items) == list(range(1, 13))
 
 
 def test_the_graph_redraws_what_is_missing_and_nothing_else(tmp_path):
-    for part in ("Snakefile", "nbs/figures/interpolation.ipynb"):
+    for part in ("Snakefile", "studies.yaml", "nbs/figures/interpolation.ipynb"):
         (tmp_path / part).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / part, tmp_path / part)
-    shutil.copytree(ROOT / "results" / "cifar10-momentum", tmp_path / "results" / "cifar10-momentum")
-    pictures = [f"figures/{p}.{ending}" for p in RULES["interpolation"] for ending in ("png", "pdf")]
-    assert "figure_interpolation" in snakemake(tmp_path, *pictures)
-    assert all((tmp_path / p).exists() for p in pictures)
-    assert "Nothing to be done" in snakemake(tmp_path, *pictures)
-    (tmp_path / pictures[0]).unlink()
-    assert "1 of 1 steps" in snakemake(tmp_path, *pictures)
-    assert (tmp_path / pictures[0]).exists()
+    records = Path("results", "cifar10-momentum")
+    shutil.copytree(ROOT / records, tmp_path / records)
+    files = pictures()["interpolation"]
+    assert "figure_interpolation" in snakemake(tmp_path, *files)
+    assert all((tmp_path / file).exists() for file in files)
+    assert "Nothing to be done" in snakemake(tmp_path, *files)
+    (tmp_path / files[0]).unlink()
+    assert "1 of 1 steps" in snakemake(tmp_path, *files)
+    assert (tmp_path / files[0]).exists()
 
 
 def test_drawing_never_trains():
     planned = snakemake(ROOT, "--dry-run", "--forceall", "figures")
-    assert "rule figure_alpha:" in planned and "rule run:" not in planned and "rule vectors:" not in planned
+    assert "rule figure_alpha:" in planned
+    assert "rule run:" not in planned and "rule vectors:" not in planned
 
 
 def test_no_run_of_the_graph_is_missing():
     assert "Nothing to be done" in snakemake(ROOT, "--dry-run", "runs")
 
 
-def test_the_graph_would_make_the_runs_that_lie_there():
-    printed = snakemake(ROOT, "--dry-run", "--printshellcmds", "--forcerun", "run", "--", "runs")
-    commands = [dict(re.findall(r"-p (\w+) (\S+)", line)) for line in printed.splitlines() if "nbs/pretrain.ipynb" in line]
-    assert len(commands) > 100
-    for command in commands:
-        out, name, _ = (command.pop(n) for n in ("out", "name", "checkpoint_every"))
-        recorded = defaults(pretrain) | read_record(ROOT / out / f"{name}.json")["parameters"]
-        made = defaults(pretrain) | {n: type(recorded[n])(yaml.safe_load(v)) for n, v in command.items()}
-        assert {n: v for n, v in deciding(made).items() if n != "precision"} == {n: v for n, v in deciding(recorded).items() if n != "precision"}, name
+@pytest.mark.parametrize("study", STUDIES)
+def test_the_graph_would_make_the_runs_that_lie_there(study):
+    records = {path.stem: read_record(path) for path in (ROOT / "results" / study).glob("*.json")}
+    assert set(records) == set(STUDIES[study])
+    for name, asked in STUDIES[study].items():
+        made = defaults(pretrain) | records[name]["parameters"]
+        asked = defaults(pretrain) | asked
+        assert result_parameters(asked, pretrain) == result_parameters(made, pretrain), name
+
+
+def given(command):
+    "The parameters of a papermill command: name -> value"
+    words = shlex.split(command)
+    parameters = {}
+    for i, word in enumerate(words):
+        if word == "-p":
+            name, value = words[i + 1 : i + 3]
+            parameters[name] = yaml.safe_load(value)
+    return parameters
+
+
+def test_the_commands_of_the_graph_say_what_the_studies_say():
+    options = ["--dry-run", "--printshellcmds", "--forcerun", "run", "--", "runs"]
+    printed = snakemake(ROOT, *options).splitlines()
+    commands = [given(line) for line in printed if "nbs/pretrain.ipynb" in line]
+    by_path = {(p["out"], p["name"]): p for p in commands}
+    wanted = {(p["out"], p["name"]): p for runs in STUDIES.values() for p in runs.values()}
+    assert by_path == wanted and len(commands) == len(wanted) > 100

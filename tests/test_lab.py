@@ -1,4 +1,5 @@
-"Run notebooks in a real JupyterLab: curves that grow in place while a run trains, and make room when it is done"
+"Run notebooks in a real JupyterLab: curves grow in place while a run trains, then make room"
+
 import json
 import os
 import re
@@ -17,13 +18,20 @@ SETTINGS = {
     "apputils-extension/notification": dict(fetchNews="false", checkForUpdates=False),
     "notebook-extension/tracker": dict(windowingMode="none"),  # cells out of sight stay in the page
 }
-OPTIONS = ["--no-browser", "--allow-root", "--ServerApp.port=0", "--IdentityProvider.token=", "--LabApp.extension_manager=readonly"]
+OPTIONS = [
+    "--no-browser",
+    "--allow-root",
+    "--ServerApp.port=0",
+    "--IdentityProvider.token=",
+    "--LabApp.extension_manager=readonly",
+]
 OFFLINE = ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
 WATCH = """cell => {
     window.seen = {pictures: [], most: 0, bars: [], prompts: []};
     const add = (list, x) => { if (!list.includes(x)) list.push(x) };
     new MutationObserver(() => {
-        const images = [...cell.querySelectorAll('img')], bars = [...cell.querySelectorAll('[data-mime-type$=stderr]')];
+        const images = [...cell.querySelectorAll('img')];
+        const bars = [...cell.querySelectorAll('[data-mime-type$=stderr]')];
         seen.most = Math.max(seen.most, images.length);
         for (const image of images) add(seen.pictures, image.src);
         if (images.length) add(seen.bars, bars.map(b => b.textContent.trim()).join('\\n'));
@@ -34,8 +42,9 @@ WATCH = """cell => {
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    "Folder and address of a JupyterLab server with settings of its own, which asks for no password and looks for no news"
-    if not BROWSER: pytest.skip("no Chromium here: install the package chromium")
+    "Folder and address of a JupyterLab server of its own, without a password and without news"
+    if not BROWSER:
+        pytest.skip("no Chromium here: install the package chromium")
     home = tmp_path_factory.mktemp("lab")
     for name, setting in SETTINGS.items():
         path = home / "SETTINGS" / "@jupyterlab" / f"{name}.jupyterlab-settings"
@@ -43,9 +52,18 @@ def lab(tmp_path_factory):
         path.write_text(json.dumps(setting))
     own = {f"JUPYTER_{n}_DIR": str(home / n) for n in ("CONFIG", "DATA", "RUNTIME")}
     own |= {f"JUPYTERLAB_{n}_DIR": str(home / n) for n in ("SETTINGS", "WORKSPACES")}
-    command = [sys.executable, "-m", "jupyterlab", *OPTIONS, *OFFLINE, f"--ServerApp.root_dir={home}"]
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        *OPTIONS,
+        *OFFLINE,
+        f"--ServerApp.root_dir={home}",
+    ]
     with open(home / "log", "w") as log:
-        server = psutil.Popen(command, env=os.environ | own | dict(OMP_NUM_THREADS="1"), stdout=log, stderr=log)
+        server = psutil.Popen(
+            command, env=os.environ | own | dict(OMP_NUM_THREADS="1"), stdout=log, stderr=log
+        )
     try:
         while not list(home.glob("RUNTIME/jpserver-*-open.html")):
             assert server.poll() is None, (home / "log").read_text()
@@ -55,7 +73,8 @@ def lab(tmp_path_factory):
     finally:
         kernels = server.children(recursive=True) if server.poll() is None else []
         server.terminate()
-        for p in psutil.wait_procs([*kernels, server], 10)[1]: p.kill()
+        for p in psutil.wait_procs([*kernels, server], 10)[1]:
+            p.kill()
 
 
 @pytest.fixture
@@ -63,7 +82,10 @@ def page():
     "A page of headless Chromium that finds this machine alone; fails if anything was thrown in it"
     with sync_playwright() as p:
         alone = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
-        browser = p.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", alone])
+        browser = p.chromium.launch(
+            executable_path=BROWSER,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", alone],
+        )
         page, errors = browser.new_page(), []
         page.set_default_timeout(120_000)
         page.on("pageerror", lambda e: errors.append(str(e)))
@@ -89,16 +111,23 @@ def test_curves_grow_in_place(lab, page, name, changes, runs, curves):
 
     page.goto(f"{address}/workspaces/{name}/tree/{name}.ipynb")
     page.get_by_text(re.compile("ipykernel.*Idle")).wait_for()
-    training = page.locator(".jp-CodeCell", has_text="pretrain(**")
+    training = page.locator(".jp-CodeCell", has_text=re.compile(r"pretrain\((\*\*|$)", re.M))
     training.evaluate(WATCH)
     page.get_by_text("Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
-    expect(page.locator(".jp-CodeCell .jp-InputPrompt").last).to_have_text(re.compile(r"\[\d+\]:"), timeout=120_000)
+    expect(page.locator(".jp-CodeCell .jp-InputPrompt").last).to_have_text(
+        re.compile(r"\[\d+\]:"), timeout=120_000
+    )
 
     seen = page.evaluate("seen")
     assert len(seen["pictures"]) > 1, "the picture never changed"
     assert seen["most"] == 1 and seen["prompts"] == ["[*]:"]
     assert all(bar.count("%|") <= 1 for bar in seen["bars"]), "more than one progress bar"
-    assert all(any(re.match(rf"{run}: .*<\d\d:\d\d, ", bar) for bar in seen["bars"]) for run in runs)
-    assert training.locator("img").count() == 0 and not training.locator(".jp-OutputArea-output").all_text_contents()[-1].strip()
+    assert all(
+        any(re.match(rf"{run}: .*<\d\d:\d\d, ", bar) for bar in seen["bars"]) for run in runs
+    )
+    assert (
+        training.locator("img").count() == 0
+        and not training.locator(".jp-OutputArea-output").all_text_contents()[-1].strip()
+    )
     assert page.locator(".jp-CodeCell", has_text="plot_scores(").locator("img").count() == curves

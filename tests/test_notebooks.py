@@ -1,5 +1,7 @@
 "What is committed: notebooks, generated files, and files that say the same thing"
+
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -10,23 +12,38 @@ import nbformat
 import pandas as pd
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 from ftcl import record, train
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOKS = sorted((ROOT / "nbs").rglob("[!.]*.ipynb"))
-RUN = {"pretrain": train.pretrain, "ablation": train.pretrain, "evaluate": train.evaluate_checkpoint}
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not p.name.startswith("."))
+CHAPTERS = [p for p in NOTEBOOKS if p.stem[0].isdigit() or p.parent.name == "methods"]
+MODULES = sorted(p for p in (ROOT / "ftcl").rglob("*.py") if not p.name.startswith("_"))
+RUN = dict(pretrain=train.pretrain, ablation=train.pretrain, evaluate=train.evaluate_checkpoint)
 
 
 def cells(path, kind="code"):
     return [c for c in nbformat.read(path, 4).cells if c.cell_type == kind]
 
 
-def parameters(name):
-    "The cell tagged `parameters` of a run notebook: name -> value"
-    tagged = [c for c in cells(ROOT / "nbs" / f"{name}.ipynb") if "parameters" in c.metadata.get("tags", [])]
+def exported(path):
+    "Sources of the cells that become the library"
+    return [c.source for c in cells(path) if c.source.startswith("#| export")]
+
+
+def parameter_lines(name):
+    "Lines of the cell tagged `parameters` of a run notebook"
+    path = ROOT / "nbs" / f"{name}.ipynb"
+    tagged = [c for c in cells(path) if "parameters" in c.metadata.get("tags", [])]
     assert len(tagged) == 1, f"{name}.ipynb needs exactly one cell tagged parameters"
-    return {s.targets[0].id: ast.literal_eval(s.value) for s in ast.parse(tagged[0].source).body}
+    return tagged[0].source.splitlines()
+
+
+def parameters(name):
+    "Parameters of a run notebook: name -> value"
+    statements = ast.parse("\n".join(parameter_lines(name))).body
+    return {s.targets[0].id: ast.literal_eval(s.value) for s in statements}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -38,39 +55,114 @@ def test_a_notebook_holds_what_a_reader_wants(path):
     assert not re.search(r"(?<![\w.~])/(home|root|tmp|work|Users)/", path.read_text())
 
 
-@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem[0].isdigit()], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
 def test_a_chapter_stays_small(path):
     assert len(cells(path)) <= 60
-    for c in cells(path):
-        long = [line for line in c.source.splitlines() if len(line) > 120 and c.source.startswith("#| export")]
-        assert not long
+    for source in exported(path):
+        assert not [line for line in source.splitlines() if len(line) > 100]
 
 
-@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem[0].isdigit()], ids=lambda p: p.stem)
+def number(path):
+    "Place of a chapter; a method comes after the contract that it keeps"
+    return "09" if path.parent.name == "methods" else path.stem[:2]
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
 def test_a_chapter_imports_smaller_numbers_only(path):
-    number = {p.stem[3:]: p.stem[:2] for p in NOTEBOOKS if p.stem[0].isdigit()}
-    used = {m for c in cells(path) for m in re.findall(r"^from ftcl\.(\w+) import", c.source, re.M)}
-    assert all(number[m] < path.stem[:2] for m in used)
+    places = {p.stem.removeprefix(f"{number(p)}_"): number(p) for p in CHAPTERS}
+    source = "\n".join(c.source for c in cells(path))
+    for module in set(re.findall(r"^from ftcl\.([\w.]+) import", source, re.M)):
+        assert not module.startswith("methods."), "no chapter knows a single method"
+        below = places[module] < number(path)
+        assert below or (path.parent.name == "methods" and places[module] == "09"), module
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "ftcl").glob("[!_]*.py")), ids=lambda p: p.stem)
-def test_a_function_stays_short(path):
-    source = path.read_text().splitlines()
-    for node in ast.walk(ast.parse("\n".join(source))):
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_no_notebook_imports_a_private_name_of_a_chapter(path):
+    for c in cells(path):
+        for names in re.findall(r"^\s*from ftcl\.[\w.]+ import (.*)$", c.source, re.M):
+            assert not re.findall(r"(?:^|[ (,])_\w+", names), names
+
+
+def test_the_recorder_knows_no_plotting_library():
+    code = "import ftcl.scores, sys; print({'matplotlib', 'seaborn', 'plotly'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.strip() == "set()", run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_code_is_plain(path):
+    "One statement a line, short functions, no lambda with a name"
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        for field in ("body", "orelse", "finalbody"):
+            block = getattr(node, field, None)
+            if not isinstance(block, list):
+                continue
+            lines = [statement.lineno for statement in block]
+            assert len(lines) == len(set(lines)), f"line {lines[0]}: two statements"
+            if not isinstance(node, ast.Module) and block:
+                assert block[0].lineno > node.lineno, f"line {node.lineno}: a block on its own line"
         if isinstance(node, ast.FunctionDef):
-            body = [line for line in source[node.body[0].lineno - 1 : node.end_lineno] if line.strip()]
-            assert len(body) <= 21, f"{node.name}: {len(body)} lines"  # 20 and the docstring
+            documented = ast.get_docstring(node) is not None
+            body = node.body[1:] if documented else node.body
+            first = body[0].lineno if body else node.end_lineno + 1
+            lines = path.read_text().splitlines()[first - 1 : node.end_lineno]
+            lines = [line for line in lines if line.strip()]
+            assert len(lines) <= 30, f"{node.name}: {len(lines)} lines"
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda):
+            raise AssertionError(f"line {node.lineno}: a lambda with a name")
+
+
+def test_few_assignments_unpack():
+    "Tuple assignments are under 3% of the library's lines"
+    lines = 0
+    tuples = 0
+    for path in MODULES:
+        source = path.read_text()
+        lines += sum(bool(o.strip()) and not o.startswith("#") for o in source.splitlines())
+        assigned = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Assign)]
+        tuples += sum(isinstance(n.targets[0], ast.Tuple) for n in assigned)
+    assert tuples < 0.03 * lines, (tuples, lines)
 
 
 @pytest.mark.parametrize("name", RUN)
 def test_parameters_are_those_of_the_function(name):
-    given, known = parameters(name), record.defaults(RUN[name])
-    known |= {"seeds": 3} if name == "ablation" else {}
-    left_out = {"pretrain": {"progress", "stop_after"}, "evaluate": set(), "ablation": {"progress", "stop_after", "name"}}[name]
-    assert set(given) == set(known) - left_out
-    assert {n: type(v) for n, v in given.items()} == {n: type(known[n]) for n in given}
-    own = {"pretrain": {"mixing", "epochs", "knn_every"}, "ablation": {"mixing", "epochs", "knn_every", "out"}, "evaluate": {"linear_epochs"}}[name]
-    assert {n for n, v in given.items() if v != known[n]} <= own
+    "Names, types, defaults but for a few, and the comments are those of the signature"
+    given = parameters(name)
+    known = record.declared(RUN[name])
+    added = {"seeds"} if name == "ablation" else set()
+    left_out = dict(
+        pretrain={"progress", "stop_after"},
+        ablation={"progress", "stop_after", "name"},
+        evaluate=set(),
+    )[name]
+    own_default = dict(
+        pretrain={"mixing", "epochs", "knn_every"},
+        ablation={"mixing", "epochs", "knn_every", "out"},
+        evaluate={"linear_epochs"},
+    )[name]
+    assert set(given) - added == set(known) - left_out
+    assert [n for n in given if n not in added] == [n for n in known if n in given]
+    comments = dict(re.findall(r"^(\w+) = .*?  # (.*)$", "\n".join(parameter_lines(name)), re.M))
+    for parameter in set(given) - added:
+        kind, default, about = known[parameter]
+        assert type(given[parameter]) is kind, parameter
+        assert given[parameter] == default or parameter in own_default, parameter
+        assert comments[parameter] == about.help, parameter
+
+
+def test_a_run_keeps_every_parameter_that_it_was_given():
+    "`pretrain` hands its parameters on by name; the record must not lose one"
+    source = (ROOT / "ftcl" / "train.py").read_text()
+    functions = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef)]
+    for f in functions:
+        if f.name not in ("pretrain", "evaluate_checkpoint"):
+            continue
+        calls = [n for n in ast.walk(f) if isinstance(n, ast.Call)]
+        call = next(n for n in calls if getattr(n.func, "id", "") == "dict")
+        handed_on = {k.arg: k.value.id for k in call.keywords}
+        assert handed_on == {a.arg: a.arg for a in f.args.args}, f.name
 
 
 @pytest.mark.parametrize("name", RUN)
@@ -82,28 +174,51 @@ def test_papermill_explains_every_parameter(name):
         assert re.search(rf"^  {parameter}: .*\n? +\S", out.stdout, re.M), parameter
 
 
-def test_environment_and_settings_ask_for_the_same():
+def settings():
     ini = ConfigParser(delimiters=["="])
     ini.read(ROOT / "settings.ini")
-    asked = {*ini["DEFAULT"]["requirements"].split(), *ini["DEFAULT"]["dev_requirements"].split()}
-    listed = re.findall(r"^      - ([a-z]\S+)(.*)$", (ROOT / "environment.yml").read_text(), re.M)
+    return ini["DEFAULT"]
+
+
+def test_environment_and_settings_ask_for_the_same():
+    ini = settings()
+    asked = {*ini["requirements"].split(), *ini["dev_requirements"].split()}
+    lines = (ROOT / "environment.yml").read_text()
+    listed = re.findall(r"^      - ([a-z]\S+)(.*)$", lines, re.M)
     assert asked == {name for name, _ in listed}
-    assert all(reason.strip().startswith("#") for _, reason in listed), "a reason stands beside each dependency"
+    for name, reason in listed:
+        assert reason.strip().startswith("#"), f"a reason stands beside each dependency: {name}"
 
 
 def test_constraints_satisfy_the_ranges():
-    from packaging.requirements import Requirement
-
-    ini = ConfigParser(delimiters=["="])
-    ini.read(ROOT / "settings.ini")
+    ini = settings()
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pinned = {r.name.lower().replace("_", "-"): next(iter(r.specifier)).version for r in map(Requirement, (line for line in lines if line and line[0] != "#"))}
-    for r in map(Requirement, (ini["DEFAULT"]["requirements"] + " " + ini["DEFAULT"]["dev_requirements"]).split()):
-        assert pinned[r.name] in r.specifier, r
+    pinned = {}
+    for line in lines:
+        if line and not line.startswith("#"):
+            requirement = Requirement(line)
+            version = next(iter(requirement.specifier)).version
+            pinned[requirement.name.lower().replace("_", "-")] = version
+    for text in (ini["requirements"] + " " + ini["dev_requirements"]).split():
+        requirement = Requirement(text)
+        assert pinned[requirement.name] in requirement.specifier, requirement
+
+
+def test_every_module_has_its_notebook():
+    "And none is left of a room that was moved"
+    exports = set()
+    for path in CHAPTERS:
+        source = "\n".join(c.source for c in cells(path))
+        exports.add(re.search(r"#\| default_exp ([\w.]+)", source).group(1))
+    found = {".".join(p.relative_to(ROOT / "ftcl").with_suffix("").parts) for p in MODULES}
+    assert found == exports
+    for module in sorted(found):
+        importlib.import_module(f"ftcl.{module}")
 
 
 def test_readme_is_made_from_the_index(tmp_path):
-    made = subprocess.run(["make", "-s", "readme", f"README={tmp_path}/README"], cwd=ROOT, capture_output=True, text=True)
+    command = ["make", "-s", "readme", f"README={tmp_path}/README"]
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
 
@@ -116,14 +231,26 @@ def test_the_loop_in_the_readme_runs(tmp_path, monkeypatch):
     assert len(pd.read_parquet("scores.parquet")) == 1
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "results").rglob("*.json")), ids=lambda p: f"{p.parent.name}/{p.stem}")
+RECORDS = sorted((ROOT / "results").rglob("*.json"))
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_a_record_is_complete(path):
     run = record.read_record(path)
-    assert run["git_revision"] and not run["git_revision"].endswith("+"), "made with uncommitted code"
+    revision = run["git_revision"]
+    assert revision and not revision.endswith("+"), "made with uncommitted code"
     trained = {"seconds", "measured_on", "n_train", "n_test"} if "steps" in run else set()
     assert {"parameters", "metrics", "device", "versions"} | trained <= set(run)
-    assert run["name"] == path.stem and ("steps" not in run or path.with_suffix(".parquet").exists())
+    assert run["name"] == path.stem
+    if "steps" in run:
+        assert path.with_suffix(".parquet").exists()
+        assert run["parameters"]["precision"] in ("bf16", "fp32")
 
 
 def test_there_are_records():
-    assert list((ROOT / "results").rglob("*.json"))
+    assert RECORDS
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*.py")), ids=lambda p: p.stem)
+def test_a_test_is_as_narrow_as_the_library(path):
+    assert not [line for line in path.read_text().splitlines() if len(line) > 100]

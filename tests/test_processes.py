@@ -1,4 +1,10 @@
-"Two processes that share every batch do what one does"
+"""Two processes that share every batch do what one does
+
+Everything is computed in float64. There the order of a sum changes the sixteenth digit, and the few
+steps of a run amplify that to the twelfth at most. In float32 they can amplify it to the third, as
+far as a small error would, and how far depends on the processor.
+"""
+
 import subprocess
 import sys
 from pathlib import Path
@@ -8,38 +14,66 @@ import pandas as pd
 import pytest
 import torch
 
+from ftcl.checkpoint import read_checkpoint
 from ftcl.record import read_record
-from ftcl.train import pretrain, read_checkpoint
+from ftcl.scores import BINS, LIMIT
+from ftcl.train import pretrain
 
 ROOT = Path(__file__).parent.parent
-RUN = dict(n_images=200, epochs=2, batch_size=64, queue_size=100, bn_splits=4, mixing="posneg", precision="fp32", progress=False, lr=0.02)
+RUN = dict(n_images=96, holdout=32, size=16, epochs=2, batch_size=32, queue_size=50, bn_splits=4)
+RUN |= dict(mixing="posneg", precision="fp32", progress=False, lr=0.02)
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+SCRIPT = """
+import torch
+torch.set_default_dtype(torch.float64)
+from ftcl.train import pretrain
+pretrain(**{parameters!r})
+"""
 
 
 def launch(tmp_path, **parameters):
-    "`pretrain` in two processes"
+    "`pretrain` in two processes, in float64"
     script = tmp_path / "run.py"
-    script.write_text(f"from ftcl.train import pretrain\npretrain(**{parameters!r})\n")
+    script.write_text(SCRIPT.format(parameters=parameters))
     return subprocess.run([*LAUNCH, str(script)], cwd=ROOT, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("how", [dict(level="feature"), dict(level="dimension", symmetric=True, queue_size=150), dict(level="sample", mixing="pos")], ids=str)
-def test_two_processes_train_as_one(tmp_path, how):
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(level="feature"),
+        dict(level="dimension", symmetric=True, queue_size=75),
+        dict(level="sample", mixing="pos"),
+    ],
+    ids=str,
+)
+def test_two_processes_train_as_one(tmp_path, float64, how):
     p = RUN | how | dict(out=str(tmp_path))
     one = pretrain(**p, name="one")
     run = launch(tmp_path, **p, name="two")
     assert run.returncode == 0, run.stderr
     two = read_record(tmp_path / "two.json")
     assert (two["processes"], two["steps"]) == (2, one["steps"])
-    a, b = (pd.read_parquet(tmp_path / f"{n}.parquet") for n in ("one", "two"))
-    smooth = [c for c in a if "_q" not in c]
-    np.testing.assert_allclose(a[smooth], b[smooth], atol=2e-4, rtol=2e-3)
-    (x, _), (y, _) = (read_checkpoint(tmp_path / f"{n}.safetensors") for n in ("one", "two"))
-    assert torch.equal(x["method.queue.ptr"], y["method.queue.ptr"])
-    assert (x["method.queue.keys"] - y["method.queue.keys"]).abs().max() < 5e-3
-    statistics = [n for n in x if n.endswith("running_mean")]
-    assert all((x[n] - y[n]).abs().max() < 0.02 for n in statistics)
-    assert max((x[n] - y[n]).abs().max() for n in x if n.endswith("weight")) < 1e-3
+    x, y = (read_checkpoint(tmp_path / f"{name}.safetensors")[0] for name in ("one", "two"))
+    assert x.keys() == y.keys()
+    for name in x:
+        if name.startswith(("method.", "sgd.")):
+            # running statistics follow the parts of a batch one by one, or half of them twice
+            tolerance = 0.02 if ".running_" in name else 1e-9
+            np.testing.assert_allclose(x[name], y[name], rtol=0, atol=tolerance, err_msg=name)
+    a, b = (pd.read_parquet(tmp_path / f"{name}.parquet") for name in ("one", "two"))
+    for column in a:
+        # the recorder sums float32 scores; a score on the edge of a bin may fall to either side
+        bin_width = 2 * LIMIT / BINS if "neg_q" in column else 0
+        tolerance = dict(rtol=1e-5, atol=1e-6 + bin_width, err_msg=column)
+        np.testing.assert_allclose(a[column], b[column], **tolerance)
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(tmp_path):

@@ -1,4 +1,5 @@
 "Whole runs: the run notebooks by papermill, as a user starts them, and a run that is interrupted"
+
 import re
 import shutil
 import signal
@@ -11,11 +12,11 @@ import pandas as pd
 import pytest
 import torch
 
+from ftcl.checkpoint import read_checkpoint
 from ftcl.data import load
 from ftcl.encoder import Encoder
 from ftcl.evaluate import knn_accuracy
 from ftcl.record import read_record
-from ftcl.train import read_checkpoint
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,7 +24,15 @@ ROOT = Path(__file__).parent.parent
 def papermill(notebook, out, **parameters):
     "Run a notebook; `out` is its output folder"
     flags = [o for n, v in ({"out": out} | parameters).items() for o in ("-p", n, str(v))]
-    command = [sys.executable, "-m", "papermill", "--no-progress-bar", f"nbs/{notebook}.ipynb", f"{out}.ipynb", *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        "--no-progress-bar",
+        f"nbs/{notebook}.ipynb",
+        f"{out}.ipynb",
+        *flags,
+    ]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -39,16 +48,35 @@ def ablation(tmp_path_factory):
 def test_ablation_pairs_its_runs(ablation):
     for seed in range(3):
         a, b = (pd.read_parquet(ablation / f"{arm}-s{seed}.parquet") for arm in ("none", "posneg"))
-        assert a.before_pos_mean[0] == b.before_pos_mean[0] and a.before_neg_mean[0] == b.before_neg_mean[0]
+        assert (
+            a.before_pos_mean[0] == b.before_pos_mean[0]
+            and a.before_neg_mean[0] == b.before_neg_mean[0]
+        )
         assert (b.pos_mean < b.before_pos_mean).all() and (a.pos_mean == a.before_pos_mean).all()
 
 
 def test_ablation_shows_a_table_with_intervals(ablation):
     table = pd.read_csv(ablation / "posneg.csv", index_col=0)
-    assert {"n", "baseline", "baseline_sd", "setting", "setting_sd", "difference", "low", "high"} == set(table.columns)
-    values = [[read_record(ablation / f"{arm}-s{s}.json")["metrics"]["knn_backbone"] for s in range(3)] for arm in ("none", "posneg")]
+    assert {
+        "n",
+        "baseline",
+        "baseline_sd",
+        "setting",
+        "setting_sd",
+        "difference",
+        "low",
+        "high",
+    } == set(table.columns)
+    values = [
+        [read_record(ablation / f"{arm}-s{s}.json")["metrics"]["knn_backbone"] for s in range(3)]
+        for arm in ("none", "posneg")
+    ]
     row = table.iloc[0]
-    assert row.n == 3 and abs(row.difference - (sum(values[1]) - sum(values[0])) / 3) < 1e-9 and row.low < row.difference < row.high
+    assert (
+        row.n == 3
+        and abs(row.difference - (sum(values[1]) - sum(values[0])) / 3) < 1e-9
+        and row.low < row.difference < row.high
+    )
     assert (ablation / "posneg.png").stat().st_size > 10_000
 
 
@@ -58,7 +86,9 @@ def test_shapes_are_learnt(ablation):
     for seed in range(3):
         torch.manual_seed(seed)
         untrained.append(knn_accuracy(Encoder("small"), train, test))
-    trained = [read_record(ablation / f"none-s{s}.json")["metrics"]["knn_backbone"] for s in range(3)]
+    trained = [
+        read_record(ablation / f"none-s{s}.json")["metrics"]["knn_backbone"] for s in range(3)
+    ]
     assert max(untrained) < 40
     assert sum(trained) / 3 >= sum(untrained) / 3 + 25
 
@@ -76,7 +106,12 @@ def test_run_notebooks_run_at_their_defaults(name, tmp_path):
     assert read_record(tmp_path / name / f"{name}.json")["metrics"]["knn_backbone"] > 20
     assert not (ROOT / "nbs" / "runs").exists()
     cells = [c for c in nbformat.read(f"{tmp_path / name}.ipynb", 4).cells if c.cell_type == "code"]
-    drawn = ["plot_scores" in c.source for c in cells for o in c.outputs if "image/png" in o.get("data", {})]
+    drawn = [
+        "plot_scores" in c.source
+        for c in cells
+        for o in c.outputs
+        if "image/png" in o.get("data", {})
+    ]
     assert drawn == ([False, True] if name == "pretrain" else [False])
     while_training = [o.output_type for c in cells if "pretrain(" in c.source for o in c.outputs]
     assert set(while_training) == {"stream"}  # a bar, and nothing drawn
@@ -86,14 +121,27 @@ def test_run_notebooks_run_at_their_defaults(name, tmp_path):
     "name, small",
     [
         ("benchmark", dict(rounds=1, queue_size=1024, step_queue=256, batch_size=64)),
-        ("scaling", dict(rounds=1, queue_size=1024, queue_sizes="512 1024", batch_sizes="64 128", dims="32 64", processes="1 2", steps=2)),
+        (
+            "scaling",
+            dict(
+                rounds=1,
+                queue_size=1024,
+                queue_sizes="512 1024",
+                batch_sizes="64 128",
+                dims="32 64",
+                processes="1 2",
+                steps=2,
+            ),
+        ),
     ],
 )
 def test_measuring_notebooks_leave_a_table_and_a_picture(name, small, tmp_path):
     run = papermill(name, tmp_path / name, **small)
     assert run.returncode == 0, run.stderr
     assert len(pd.read_csv(tmp_path / name / f"{name}.csv")) >= 10
-    files = {f"{name}.{ending}" for ending in ("csv", "png", "json")} | ({"processes.csv", "processes.png"} if name == "scaling" else set())
+    files = {f"{name}.{ending}" for ending in ("csv", "png", "json")} | (
+        {"processes.csv", "processes.png"} if name == "scaling" else set()
+    )
     assert {p.name for p in (tmp_path / name).iterdir()} == files
 
 
@@ -102,10 +150,22 @@ def test_measuring_notebooks_leave_a_table_and_a_picture(name, small, tmp_path):
     [
         ("ablation", {"aplha": 2}, "unknown parameter 'aplha'. Did you mean 'alpha'?"),
         ("ablation", {"renormalize": "true"}, "renormalize is 'true', but must be True or False."),
-        ("ablation", {"mixing": "both"}, "mixing is 'both', but must be one of none, pos, neg, posneg."),
+        (
+            "ablation",
+            {"mixing": "both"},
+            "mixing is 'both', but must be none, or one or more of neg, pos joined by +",
+        ),
         ("pretrain", {"dataset": "no/such/folder"}, "dataset 'no/such/folder' was not found"),
-        ("evaluate", {"checkpoint": "nowhere.safetensors"}, "the checkpoint nowhere.safetensors cannot be read"),
-        ("vectors", {"checkpoint": "nowhere.safetensors"}, "the checkpoint nowhere.safetensors cannot be read"),
+        (
+            "evaluate",
+            {"checkpoint": "nowhere.safetensors"},
+            "the checkpoint nowhere.safetensors cannot be read",
+        ),
+        (
+            "vectors",
+            {"checkpoint": "nowhere.safetensors"},
+            "the checkpoint nowhere.safetensors cannot be read",
+        ),
         ("vectors", {"n_pairs": 0}, "n_pairs is 0, but must be at least 1."),
     ],
 )
@@ -119,7 +179,8 @@ def test_a_mistake_is_one_sentence_and_nothing_is_left(name, wrong, told, tmp_pa
 
 RUN = """
 from ftcl.train import pretrain
-pretrain(n_images=2048, epochs=3, batch_size=64, queue_size=256, mixing="posneg", out={out!r}, name={name!r}, resume=True)
+sizes = dict(n_images=2048, epochs=3, batch_size=64, queue_size=256)
+pretrain(**sizes, mixing="posneg", out={out!r}, name={name!r}, resume=True)
 """
 
 
@@ -131,14 +192,21 @@ def test_vectors_lose_nothing_that_lies_there(whole, tmp_path):
     told = papermill("vectors", tmp_path, name="whole", checkpoint=checkpoint).stderr
     assert "holds the record of a run with checkpoint=''" in told
     assert before.items() <= {p.name: p.read_bytes() for p in tmp_path.iterdir()}.items()
-    assert papermill("vectors", tmp_path, checkpoint=checkpoint, n_pairs=8, n_keys=20).returncode == 0
+    assert (
+        papermill("vectors", tmp_path, checkpoint=checkpoint, n_pairs=8, n_keys=20).returncode == 0
+    )
     frame = pd.read_parquet(tmp_path / "vectors.parquet")
     assert frame["kind"].value_counts().to_dict() == {"queue": 20, "q": 8, "k": 8}
     assert ((frame.filter(like="z") ** 2).sum(axis=1) - 1).abs().max() < 1e-5
 
 
 def start(folder, name):
-    return subprocess.Popen([sys.executable, "-c", RUN.format(out=str(folder), name=name)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN.format(out=str(folder), name=name)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +222,9 @@ def test_an_interrupted_run_goes_on_where_it_was(whole, tmp_path, stop):
     run = start(tmp_path, "parts-0.2")
     shown = ""
     while not re.search(r"[1-9][\d.]*k?/6\.", shown):  # until the bar shows a step
-        assert (more := run.stderr.read(1)), f"the run ended before it could be interrupted: {shown}"
+        assert (more := run.stderr.read(1)), (
+            f"the run ended before it could be interrupted: {shown}"
+        )
         shown += more
     run.send_signal(stop)
     assert "KeyboardInterrupt: stopped after step" in run.stderr.read() and run.wait() != 0
