@@ -19,7 +19,7 @@ setup(
     license="Apache-2.0",
     keywords=cfg["keywords"].split(),
     classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Science/Research"]
-    + [f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 15)],
+    + [f"Programming Language :: Python :: 3.{minor}" for minor in range(11, 15)],
     packages=find_packages(include=["ftcl", "ftcl.*"]),
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
