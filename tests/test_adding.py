@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from ftcl.core import InputError
 from ftcl.data import DATASETS, ImageSet
 from ftcl.evaluate import READOUTS, set_features
 from ftcl.method import METHODS, Method, Step
@@ -126,6 +127,19 @@ def test_a_data_set_is_one_class(tmp_path):
     record, _ = run(tmp_path, dataset="stripes", n_images=96)
     assert (record["n_train"], record["n_test"]) == (96, 64)
     assert record["metrics"]["knn_backbone"] > 50
+
+
+def test_a_precision_that_is_only_imitated_is_refused(tmp_path, monkeypatch):
+    "A study pins its precision: a run that is missing is not made with another one"
+    for question in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, question, lambda: False, raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(InputError, match="precision is 'bf16', but this processor only imitates it"):
+        run(tmp_path, precision="bf16")
+    assert not list(tmp_path.iterdir())
+    record, _ = run(tmp_path, precision="auto")
+    assert record["parameters"]["precision"] == "fp32"
+    assert not record["arithmetic"]["bf16"]
 
 
 def test_a_study_is_one_block(tmp_path):
