@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from .core import HOLDOUT, InputError, check_shapes, nearest, one_of, seeded, shown, whole
 
-# %% ../nbs/01_data.ipynb #0e381e42
+# %% ../nbs/01_data.ipynb #791df6ff
 class ImageSet(ABC):
-    "What every set of images answers: its length, its batches, labels and classes if it has any"
+    "What every set of images can answer: length and batches; labels and classes, where it has them"
     labels: Tensor | None = None  # (N,) int64
     classes: list | None = None  # names: label i means classes[i]
 
@@ -35,7 +35,7 @@ class ImageSet(ABC):
     def batch(self,
         indices: Tensor,  # (B,) int64, each from 0 to N - 1
     ) -> Tensor:  # (B, 3, H, W) uint8
-        "The images of these numbers, in this order"
+        "The images that have these numbers, in the order given"
 
     def take(self,
         indices: Tensor,  # (M,) int64
@@ -46,13 +46,13 @@ class ImageSet(ABC):
     def to(self,
         device: torch.device,
     ) -> "ImageSet":
-        "The set with all that it holds in memory on `device`; this very set, if it holds nothing"
+        "The set with its tensors on `device`; a set that holds no tensor returns itself"
         return self
 
-# %% ../nbs/01_data.ipynb #15100a71
+# %% ../nbs/01_data.ipynb #3b18940e
 @dataclass(frozen=True, eq=False)
 class Part(ImageSet):
-    "Some images of another set; labels and classes follow"
+    "Some of the images of another set, with their labels and classes"
     base: ImageSet
     indices: Tensor  # (M,) int64, the numbers that its images have in `base`
 
@@ -94,10 +94,10 @@ def check_images(
         found = f"{tuple(images.shape)} of {str(images.dtype).removeprefix('torch.')}"
     raise InputError(f"{name} must be a tensor (B, 3, H, W) of uint8, but {found} was given.")
 
-# %% ../nbs/01_data.ipynb #6f28e4f3
+# %% ../nbs/01_data.ipynb #4e6d3567
 @dataclass(frozen=True, eq=False)
 class InMemory(ImageSet):
-    "Decoded images, with their labels if they have any; raises `InputError` for wrong shapes"
+    "Decoded images, and their labels if they have any; raises `InputError` for wrong shapes"
     images: Tensor  # (N, 3, H, W) uint8
     labels: Tensor | None = None  # (N,) int64
     classes: list | None = None  # names: label i means classes[i]
@@ -140,9 +140,9 @@ SHAPES = {
     "zigzag": lambda u, v: (torch.remainder(v + u.abs(), 0.9) - 0.45).abs() - 0.22,
 }  # (u, v) in -1 .. 1, v downwards
 
-# %% ../nbs/01_data.ipynb #e863f073
+# %% ../nbs/01_data.ipynb #81def4a2
 class Tiles(NamedTuple):
-    "What every pixel knows of its tile, (N, H, W) each; all but u and v are random, from 0 to 1"
+    "The place of each pixel in its tile, and its tile's random numbers (0 to 1): (N, H, W) each"
     u: Tensor  # place from left to right in the tile, -1 .. 1
     v: Tensor  # place from top to bottom, -1 .. 1
     turn: Tensor
@@ -153,7 +153,7 @@ class Tiles(NamedTuple):
     green: Tensor
     blue: Tensor
 
-# %% ../nbs/01_data.ipynb #26266a6a
+# %% ../nbs/01_data.ipynb #d6d6a7a9
 def cut_tiles(
     n: int,  # Images
     size: int,  # Their side in pixels
@@ -161,25 +161,25 @@ def cut_tiles(
     most: float,  # Tiles across an image, at most
     generator: torch.Generator,
 ) -> Tiles:  # (n, size, size) each
-    "Cut images into square tiles, as many and where chance wills"
+    "Cut images into square tiles; how many there are and where they begin is random"
     across = fewest + (most - fewest) * torch.rand(n, 1, 1, generator=generator)  # (n, 1, 1)
     shift_x, shift_y = torch.rand(2, n, 1, 1, generator=generator)  # (n, 1, 1) each
     grid = torch.arange(size) / size  # (size,)
     x = (grid * across + shift_x).expand(n, size, size)
     y = (grid[:, None] * across + shift_y).expand(n, size, size)
-    side = int(most) + 2  # tiles in a row, those that are cut included
-    tile = (y.floor().long() * side + x.floor().long()).view(n, -1)  # (n, size^2)
-    numbers = torch.rand(7, n, side * side, generator=generator)  # of each tile
-    numbers = numbers.gather(2, tile.expand(7, -1, -1)).view(7, n, size, size)  # of each pixel
-    return Tiles(2 * (x % 1) - 1, 2 * (y % 1) - 1, *numbers)
+    in_a_row = int(most) + 2  # tiles, those that are cut included
+    tile = (y.floor().long() * in_a_row + x.floor().long()).view(n, -1)  # (n, size^2)
+    of_tiles = torch.rand(7, n, in_a_row * in_a_row, generator=generator)
+    of_pixels = of_tiles.gather(2, tile.expand(7, -1, -1)).view(7, n, size, size)
+    return Tiles(2 * (x % 1) - 1, 2 * (y % 1) - 1, *of_pixels)
 
-# %% ../nbs/01_data.ipynb #771a5a70
+# %% ../nbs/01_data.ipynb #92292167
 def shapes(
     n: int,  # Number of images
     seed: int = 0,  # The same seed gives the same images
     size: int = 32,  # Side in pixels
 ) -> InMemory:  # 10 classes in equal parts
-    "Images of wallpapers: one figure each, every tile with colours and a turn of its own; noise"
+    "Noisy images of wallpapers with one figure each; raises `InputError` for a wrong number"
     whole("n", n, 0)
     whole("size", size, 1)
     generator = torch.Generator().manual_seed(whole("seed", seed, 0))
@@ -191,12 +191,13 @@ def shapes(
     v = 1.1 * (tiles.u * sin + tiles.v * cos)
     distance = torch.empty_like(u)  # to the outline, negative inside
     for label, signed_distance in enumerate(SHAPES.values()):
-        mine = labels == label
-        distance[mine] = signed_distance(u[mine], v[mine])
+        of_class = labels == label  # (n,)
+        distance[of_class] = signed_distance(u[of_class], v[of_class])
     figure = 2 * torch.sigmoid(-12 * distance) - 1  # from -1 outside to 1 inside
-    half = 0.3 + 0.2 * tiles.contrast  # half the way from dark to light
-    middle = half + tiles.brightness * (1 - 2 * half)
-    grey = middle + figure * torch.where(tiles.polarity < 0.5, half, -half)  # (n, size, size)
+    amplitude = 0.3 + 0.2 * tiles.contrast  # half the way from dark to light
+    middle = amplitude + tiles.brightness * (1 - 2 * amplitude)
+    contrast = torch.where(tiles.polarity < 0.5, amplitude, -amplitude)  # signed
+    grey = middle + figure * contrast  # (n, size, size)
     tint = 0.2 * (torch.stack([tiles.red, tiles.green, tiles.blue], 1) - 0.5)  # (n, 3, size, size)
     x = grey[:, None] + tint
     x = x + 0.28 * torch.randn(x.shape, generator=generator)
@@ -205,12 +206,12 @@ def shapes(
 # %% ../nbs/01_data.ipynb #25586769
 SHAPES_SIZES = {"train": 4096, "test": 1024}  # images of each split
 
-# %% ../nbs/01_data.ipynb #7d245073
+# %% ../nbs/01_data.ipynb #6e4e85f0
 def shapes_split(
     split: str,  # `train` or `test`
     size: int | None,  # Side in pixels; None: 32
 ) -> InMemory:
-    "The split of `shapes` that a run trains or is tested on"
+    "The images of `shapes` to train or to test on; raises `InputError` for an unknown split"
     n = SHAPES_SIZES[one_of("split", split, list(SHAPES_SIZES))]
     return shapes(n, int(split == "test"), size or 32)
 
@@ -322,15 +323,16 @@ def _open(name, split):
         why = (str(e) or type(e).__name__).splitlines()[0]
         raise InputError(f"dataset {name!r} ({source}) cannot be read: {why}") from None
 
-# %% ../nbs/01_data.ipynb #c23b1015
+# %% ../nbs/01_data.ipynb #38dc4e03
 def _columns(name, dataset):
     "Names of the image column and of the label column of a Hugging Face dataset"
     from datasets import ClassLabel, Image
-    images = [column for column, kind in dataset.features.items() if isinstance(kind, Image)]
-    labels = [column for column, kind in dataset.features.items() if isinstance(kind, ClassLabel)]
+    kinds = dataset.features.items()  # name of a column, and what it holds
+    images = [column for column, kind in kinds if isinstance(kind, Image)]
+    labels = [column for column, kind in kinds if isinstance(kind, ClassLabel)]
     if images and labels:
         return images[0], labels[0]
-    found = ", ".join(f"{o} ({type(kind).__name__})" for o, kind in dataset.features.items())
+    found = ", ".join(f"{column} ({type(kind).__name__})" for column, kind in kinds)
     raise InputError(
         f"dataset {name!r} needs an image column and a label column (datasets.Image and "
         f"ClassLabel; in a folder of images: two or more folders of classes), but has {found}."
@@ -381,14 +383,14 @@ def shuffled(
     "The numbers from 0 to n - 1 in one random order, the same for every run"
     return torch.randperm(n, generator=seeded(torch.Generator(), 0, HOLDOUT))
 
-# %% ../nbs/01_data.ipynb #dcbf1d4b
+# %% ../nbs/01_data.ipynb #8ea19e2b
 def split_images(
     dataset: str,  # A name, as in `load`
     size: int | None = None,  # As in `load`
     holdout: int = 0,  # Training images to measure on; 0: the test split
     n_images: int = 0,  # Images to train on; 0: all that are left
 ) -> tuple[ImageSet, ImageSet]:
-    "What to train on, and what to measure on; raises `InputError` where there are too few images"
+    "Images to train on and to measure on; raises `InputError` for too few, and as `load` does"
     whole("holdout", holdout, 0)
     whole("n_images", n_images, 0)
     images = load(dataset, "train", size)

@@ -72,16 +72,16 @@ def projection(
         return nn.Linear(width, dim)
     return nn.Sequential(nn.Linear(width, width), nn.ReLU(True), nn.Linear(width, dim))
 
-# %% ../nbs/07_encoder.ipynb #ec352520
+# %% ../nbs/07_encoder.ipynb #092de117
 class SplitBN(nn.BatchNorm2d):
-    "Batch normalisation over parts of the batch, each with its own statistics, as on many devices"
+    "Batch normalisation over parts of the batch, as on many devices; raises `InputError` for none"
     def __init__(self,
         num_features: int,  # C
-        splits: int = 8,  # Parts of the batch
+        splits: int = 8,  # Parts of the batch, each with its own mean and variance
         **kwargs,  # As in `BatchNorm2d`
     ):
         super().__init__(num_features, **kwargs)
-        self.splits = splits
+        self.splits = whole("bn_splits", splits, 1)
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
         "Raises `InputError` for a batch that cannot be cut evenly"
         if not self.training:
@@ -97,12 +97,12 @@ class SplitBN(nn.BatchNorm2d):
         ]
         return torch.cat(parts)  # (B, C, H, W)
 
-# %% ../nbs/07_encoder.ipynb #28653286
+# %% ../nbs/07_encoder.ipynb #0bcb4f88
 def split_bn(
     net: nn.Module,  # Changed in place
     splits: int,  # Parts of the batch; 1 is plain batch normalisation
 ) -> nn.Module:  # `net`
-    "`net` with every BatchNorm2d turned into a SplitBN, or back if `splits` is 1"
+    "Each BatchNorm2d becomes a SplitBN, or back for 1; raises `InputError` for one that cannot"
     whole("bn_splits", splits, 1)
     layers = [layer for layer in net.modules() if type(layer) in (nn.BatchNorm2d, SplitBN)]
     if splits > 1 and any(layer.momentum is None or layer.running_mean is None for layer in layers):
@@ -112,15 +112,15 @@ def split_bn(
         layer.splits = splits
     return net
 
-# %% ../nbs/07_encoder.ipynb #a704825e
+# %% ../nbs/07_encoder.ipynb #d52d51b3
 class Encoder(nn.Module):
-    "Images to unit vectors: a backbone (features h) and a projection head (z)"
+    "Images to unit vectors z, by a backbone and a head; raises `InputError` for an unknown name"
     def __init__(self,
-        name: str = "small",  # As in `backbone`
-        head: str = "mlp",  # As in `projection`
-        dim: int = 128,  # D
-        stem: str = "small",  # As in `backbone`
-        bn_splits: int = 1,  # As in `split_bn`
+        name: str = "small",  # `small`, `resnet18`, `resnet34` or `resnet50`
+        head: str = "mlp",  # `linear` (MoCo v1) or `mlp` (MoCo v2)
+        dim: int = 128,  # D, length of z
+        stem: str = "small",  # Of a ResNet: `small` (3x3) or `imagenet` (7x7, pool)
+        bn_splits: int = 1,  # Parts of a batch that are normalised apart; 1: the batch as a whole
     ):
         super().__init__()
         net, self.width = backbone(name, stem)
@@ -144,14 +144,14 @@ class Encoder(nn.Module):
         "The last layer, which makes z"
         return self.head if isinstance(self.head, nn.Linear) else self.head[-1]
 
-# %% ../nbs/07_encoder.ipynb #48dd880f
+# %% ../nbs/07_encoder.ipynb #b09dadc0
 @torch.no_grad()
 def ema_update(
     key: nn.Module,  # Changed in place
-    query: nn.Module,  # Of the same architecture
-    m: float,  # 1 keeps `key`, 0 copies `query`
+    query: nn.Module,  # Of the same architecture; left as it is
+    m: float,  # From 0 (copies `query`) to 1 (keeps `key`)
 ):
-    "theta_k <- m theta_k + (1 - m) theta_q: parameters only, each encoder keeps its statistics"
+    "theta_k <- m theta_k + (1 - m) theta_q, parameters only; raises `InputError` for other shapes"
     theta_k = list(key.parameters())
     theta_q = list(query.parameters())
     if [p.shape for p in theta_k] != [p.shape for p in theta_q]:

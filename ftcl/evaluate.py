@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LINEAR_VIEWS', 'READOUTS', 'evaluation_mode', 'encode_batches', 'check_finite_features', 'extract_features',
-           'image_batches', 'set_features', 'check_labelled', 'check_sets', 'knn', 'knn_accuracy', 'linear_logreg',
-           'milestones', 'linear_sgd', 'Protocol', 'knn_backbone', 'knn_projection', 'logreg_backbone',
-           'linear_backbone', 'read_out']
+           'image_batches', 'set_features', 'check_labelled', 'check_sets', 'class_count', 'knn', 'knn_accuracy',
+           'linear_logreg', 'paper_milestones', 'linear_sgd', 'ReadoutSettings', 'knn_backbone', 'knn_projection',
+           'logreg_backbone', 'linear_backbone', 'read_out']
 
-# %% ../nbs/10_evaluate.ipynb #397758b9
+# %% ../nbs/10_evaluate.ipynb #4f7bb721
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
-from .core import InputError, check_shapes, one_of, positive, shown, whole
+from .core import PRECISIONS, InputError, check_shapes, one_of, positive, shown, whole
 from .data import ImageSet
 from .encoder import Encoder
 from .views import Augmentation, augment, normalise
@@ -37,7 +37,7 @@ def evaluation_mode(
         for module, training in modes:
             module.training = training
 
-# %% ../nbs/10_evaluate.ipynb #22af8129
+# %% ../nbs/10_evaluate.ipynb #e926476b
 @torch.no_grad()
 def encode_batches(
     encoder: Encoder,  # Left in the mode that it was found in
@@ -45,9 +45,9 @@ def encode_batches(
     space: str = "backbone",  # h of the `backbone`, or z of the `projection`
     precision: str = "fp32",  # `bf16` or `fp32` inside the encoder
 ) -> Tensor:  # (N, F) at least float32, unit norm
-    "Features of images as they are, in evaluation mode, batch by batch"
+    "Features of images as they are, batch by batch; raises `InputError` for an unknown name"
     one_of("space", space, ["backbone", "projection"])
-    one_of("precision", precision, ["bf16", "fp32"])
+    one_of("precision", precision, PRECISIONS)
     net = encoder.backbone_features if space == "backbone" else encoder
     device = next(encoder.parameters()).device
     features = []
@@ -96,24 +96,24 @@ def image_batches(
     for indices in torch.arange(len(data)).split(batch_size):
         yield data.batch(indices)
 
-# %% ../nbs/10_evaluate.ipynb #cec765dc
+# %% ../nbs/10_evaluate.ipynb #81d41ec3
 def set_features(
     encoder: Encoder,
     data: ImageSet,  # Any set, in memory or not
     space: str = "backbone",  # As in `extract_features`
     precision: str = "fp32",  # As in `extract_features`
 ) -> Tensor:  # (N, F) at least float32, unit norm
-    "`extract_features` of a whole set"
+    "`extract_features` of a whole set; raises `InputError` if a feature is not finite"
     return check_finite_features(encode_batches(encoder, image_batches(data), space, precision))
 
-# %% ../nbs/10_evaluate.ipynb #a1da88d0
+# %% ../nbs/10_evaluate.ipynb #6252c271
 def check_labelled(
     items,  # N images or features: an image set or a tensor
     labels: Tensor | None,  # (N,) int64
     what: str,  # What to call them in an error
     classes: list | None = None,  # Names of the classes, where they are known
 ):
-    "Raise `InputError` unless there is something, finite, with one existing label each"
+    "Raise `InputError` unless there are items, all of them finite, and each has a valid label"
     if labels is None:
         raise InputError(f"the {what} has no labels, and a readout cannot do without.")
     if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype != torch.int64:
@@ -135,16 +135,26 @@ def check_labelled(
                 f"the {what} has the label {label}, but labels are {span} (-1 often means none)."
             )
 
-# %% ../nbs/10_evaluate.ipynb #8332cc53
+# %% ../nbs/10_evaluate.ipynb #520a1d0b
 def check_sets(
     train: ImageSet,  # Its classes count
     test: ImageSet,
 ):
-    "Raise `InputError` unless both sets have labels, of the same classes"
+    "Raise `InputError` unless each image of both sets is labelled with a class of `train`"
     check_labelled(train, train.labels, "training set", train.classes)
     check_labelled(test, test.labels, "test set", train.classes)
 
-# %% ../nbs/10_evaluate.ipynb #944413c0
+# %% ../nbs/10_evaluate.ipynb #ce5e08fc
+def class_count(
+    data: ImageSet,
+) -> int:
+    "Number of classes of a set; raises `InputError` for one with neither classes nor labels"
+    if data.classes:
+        return len(data.classes)
+    check_labelled(data, data.labels, "set")
+    return int(data.labels.max()) + 1
+
+# %% ../nbs/10_evaluate.ipynb #aeac839a
 @torch.no_grad()
 def knn(
     bank: Tensor,  # (N, F) features with known labels, unit norm
@@ -152,9 +162,9 @@ def knn(
     query: Tensor,  # (M, F) features to classify, unit norm
     query_labels: Tensor,  # (M,) int64
     k: int = 200,  # Neighbours; all of the bank, if it has fewer
-    t: float = 0.1,  # Temperature of their weights, above 0
+    t: float = 0.1,  # Temperature of their weights e^{similarity / t}, above 0
 ) -> float:  # Accuracy in percent
-    "Weighted nearest neighbours: each votes for its class with weight e^{similarity / t}"
+    "Weighted vote of the nearest neighbours; raises `InputError` for wrong shapes, labels, numbers"
     check_shapes(bank=(bank, "NF"), query=(query, "MF"))
     check_labelled(bank, bank_labels, "bank")
     check_labelled(query, query_labels, "query")
@@ -177,7 +187,7 @@ def knn(
         right += (votes.argmax(1) == y).sum()
     return 100 * right.item() / len(query)
 
-# %% ../nbs/10_evaluate.ipynb #5a4a3708
+# %% ../nbs/10_evaluate.ipynb #e33f0449
 def knn_accuracy(
     encoder: Encoder,
     train: ImageSet,  # The bank
@@ -187,13 +197,13 @@ def knn_accuracy(
     t: float = 0.1,  # As in `knn`
     precision: str = "fp32",  # As in `extract_features`
 ) -> float:  # Percent
-    "kNN accuracy of `test` images among `train` images"
+    "kNN accuracy of `test` images among `train` images; raises `InputError` for wrong labels"
     check_sets(train, test)
     bank = set_features(encoder, train, space, precision)
     query = set_features(encoder, test, space, precision)
     return knn(bank, train.labels.to(bank.device), query, test.labels.to(bank.device), k, t)
 
-# %% ../nbs/10_evaluate.ipynb #e589a960
+# %% ../nbs/10_evaluate.ipynb #4bf5432a
 def linear_logreg(
     encoder: Encoder,
     train: ImageSet,  # To fit on, at least two classes
@@ -202,7 +212,7 @@ def linear_logreg(
     C: float = 1.0,  # Inverse strength of the L2 penalty, above 0
     precision: str = "fp32",  # As in `extract_features`
 ) -> float:  # Accuracy in percent
-    "The quick linear readout: logistic regression on standardised features of unaugmented images"
+    "The quick readout: logistic regression; raises `InputError` for wrong labels or one class"
     check_sets(train, test)
     positive("C", C)
     if len(train.labels.unique()) < 2:
@@ -218,37 +228,39 @@ LINEAR_VIEWS = Augmentation(
     brightness=0, contrast=0, saturation=0, hue=0, jitter=0, grey=0
 )  # crop and flip
 
-# %% ../nbs/10_evaluate.ipynb #775ae848
-def milestones(
+# %% ../nbs/10_evaluate.ipynb #62b4a625
+def paper_milestones(
     epochs: int,  # Of a linear readout
 ) -> list:  # Epochs
     "Where the papers lower the rate, for a readout of any length: after 1/2, 2/3 and 5/6 of it"
     return [epochs * twelfths // 12 for twelfths in (6, 8, 10) if epochs * twelfths >= 12]
 
-# %% ../nbs/10_evaluate.ipynb #bcc4817c
+# %% ../nbs/10_evaluate.ipynb #72a4b210
 def linear_sgd(
     encoder: Encoder,  # Frozen, in evaluation mode; left as it was found
     train: ImageSet,  # To fit on
     test: ImageSet,  # To measure on, of the same classes
     epochs: int = 60,  # Passes through `train`
     lr: float = 3.0,  # At the start; the papers' 30 is for features of another norm
-    milestones: tuple = (30, 40, 50),  # Epochs at which lr is multiplied by `gamma`
-    gamma: float = 0.2,  # Factor
+    milestones: Iterable | None = None,  # Epochs after which lr falls; None: `paper_milestones`
+    gamma: float = 0.2,  # Factor of lr at each of them
     batch_size: int = 256,  # Images a step
     seed: int = 0,  # Decides weights, order and views
     precision: str = "fp32",  # As in `extract_features`
 ) -> float:  # Accuracy in percent
-    "The papers' linear readout: SGD on backbone features of cropped and flipped images"
+    "The papers' linear readout, by SGD; raises `InputError` for wrong input, or if it diverges"
     check_sets(train, test)
     whole("epochs", epochs, 1)
     positive("lr", lr)
     whole("batch_size", batch_size, 1)
+    if milestones is None:
+        milestones = paper_milestones(epochs)
     held_out = set_features(encoder, test, precision=precision)  # (M, F), of images as they are
     device = held_out.device
     labels = train.labels.to(device)  # (N,)
     g = torch.Generator(device).manual_seed(seed)
-    n_classes = len(train.classes) if train.classes else int(train.labels.max()) + 1
-    layer = nn.Linear(encoder.width, n_classes, device=device, dtype=held_out.dtype)
+    kind = dict(device=device, dtype=held_out.dtype)
+    layer = nn.Linear(encoder.width, class_count(train), **kind)
     nn.init.normal_(layer.weight, std=0.01, generator=g)
     nn.init.zeros_(layer.bias)
     opt = torch.optim.SGD(layer.parameters(), lr, momentum=0.9)
@@ -267,10 +279,10 @@ def linear_sgd(
     right = layer(held_out).argmax(1) == test.labels.to(device)  # (M,)
     return 100 * right.double().mean().item()
 
-# %% ../nbs/10_evaluate.ipynb #2ced5116
+# %% ../nbs/10_evaluate.ipynb #577d7df5
 @dataclass(frozen=True)
-class Protocol:
-    "What readouts are told: all of their settings"
+class ReadoutSettings:
+    "The settings of all readouts"
     k: int = 200  # Neighbours of kNN
     t: float = 0.1  # Temperature of kNN
     linear_epochs: int = 60  # Of the SGD readout
@@ -278,48 +290,48 @@ class Protocol:
     seed: int = 0  # Of the SGD readout
     precision: str = "fp32"  # `bf16` or `fp32` inside the encoder
 
-# %% ../nbs/10_evaluate.ipynb #0b215750
-def knn_backbone(encoder, train, test, protocol) -> float:  # Percent
+# %% ../nbs/10_evaluate.ipynb #fa5eb647
+def knn_backbone(encoder, train, test, settings) -> float:  # Percent
     "Nearest neighbours by the backbone's features"
     return knn_accuracy(
-        encoder, train, test, "backbone", protocol.k, protocol.t, protocol.precision
+        encoder, train, test, "backbone", settings.k, settings.t, settings.precision
     )
 
-def knn_projection(encoder, train, test, protocol) -> float:  # Percent
+def knn_projection(encoder, train, test, settings) -> float:  # Percent
     "Nearest neighbours by the vectors that the loss sees"
     return knn_accuracy(
-        encoder, train, test, "projection", protocol.k, protocol.t, protocol.precision
+        encoder, train, test, "projection", settings.k, settings.t, settings.precision
     )
 
-def logreg_backbone(encoder, train, test, protocol) -> float:  # Percent
+def logreg_backbone(encoder, train, test, settings) -> float:  # Percent
     "Logistic regression on the backbone's features"
-    return linear_logreg(encoder, train, test, precision=protocol.precision)
+    return linear_logreg(encoder, train, test, precision=settings.precision)
 
-def linear_backbone(encoder, train, test, protocol) -> float:  # Percent
+def linear_backbone(encoder, train, test, settings) -> float:  # Percent
     "The papers' linear layer, trained by SGD"
     return linear_sgd(
-        encoder, train, test, protocol.linear_epochs, protocol.linear_lr,
-        milestones(protocol.linear_epochs), seed=protocol.seed, precision=protocol.precision,
+        encoder, train, test, settings.linear_epochs, settings.linear_lr,
+        seed=settings.seed, precision=settings.precision,
     )
 
-# %% ../nbs/10_evaluate.ipynb #0e8c4829
-READOUTS = {  # protocol's name: function of (encoder, train, test, protocol), accuracy in percent
+# %% ../nbs/10_evaluate.ipynb #bcd9b436
+READOUTS = {  # name: function of (encoder, train, test, settings), accuracy in percent
     "knn_backbone": knn_backbone,
     "knn_projection": knn_projection,
     "logreg_backbone": logreg_backbone,
     "linear_backbone": linear_backbone,
 }
 
-# %% ../nbs/10_evaluate.ipynb #93b1a02f
+# %% ../nbs/10_evaluate.ipynb #a176ef61
 def read_out(
     encoder: Encoder,
     train: ImageSet,  # To fit on
     test: ImageSet,  # To measure on, of the same classes
-    names: list | None = None,  # Of `READOUTS`; None: all
-    protocol: Protocol = Protocol(),
+    names: list | None = None,  # Of `READOUTS`; None: all; an empty list: none
+    settings: ReadoutSettings = ReadoutSettings(),
 ) -> dict:  # Name: accuracy in percent
-    "Several readouts of one encoder, by their names; raises `InputError` for an unknown name"
+    "Several readouts of one encoder; raises `InputError` for an unknown name, or as they do"
     if names is None:
         names = list(READOUTS)
     readouts = {name: READOUTS[one_of("readout", name, READOUTS)] for name in names}
-    return {name: readout(encoder, train, test, protocol) for name, readout in readouts.items()}
+    return {name: readout(encoder, train, test, settings) for name, readout in readouts.items()}

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ScoreCallback']
 
-# %% ../nbs/16_lightning.ipynb #78aed280
+# %% ../nbs/16_lightning.ipynb #57e3008f
 import warnings
 from pathlib import Path
 from torch import Tensor
-from .core import InputError, shown, whole
+from .core import InputError, alone, shown, whole
 from .record import writable
 from .scores import ScoreRecorder
 from .visualize import LiveScores
@@ -43,7 +43,7 @@ def _entries(
         f"tensors loss, pos (B,) and neg (B, K), and may add {', '.join(_OPTIONAL)}."
     )
 
-# %% ../nbs/16_lightning.ipynb #be9f8d9a
+# %% ../nbs/16_lightning.ipynb #7a3a6e49
 class ScoreCallback(Callback):
     "Records the scores that `training_step` returns, draws them meanwhile, writes one Parquet file"
     def __init__(self,
@@ -82,7 +82,7 @@ class ScoreCallback(Callback):
         def gather(x):
             return trainer.strategy.all_gather(x).flatten(0, 1)  # (processes x n, ...)
 
-        self.recorder.gather = gather if trainer.world_size > 1 else None
+        self.recorder.gather = gather if trainer.world_size > 1 else alone
 
     def on_train_start(self, trainer, pl_module):
         "Earlier rows join the new ones on the device"
@@ -102,8 +102,7 @@ class ScoreCallback(Callback):
         loss = needed.pop("loss").detach()
         if automatic:
             loss = loss * trainer.accumulate_grad_batches
-        if self.recorder.gather:
-            loss = self.recorder.gather(loss.reshape(1)).mean()
+        loss = self.recorder.gather(loss.reshape(1)).mean()  # ()
         self.recorder.record(step, **needed, **optional, loss=loss)
         if self.curves:
             self.curves.update()

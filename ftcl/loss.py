@@ -50,14 +50,14 @@ def _inner_products(a, b):
     fits = a.shape[-1] == b.shape[-1] and a.numel() and b.numel()
     return _OneDNNProduct.apply(a, b) if fits else a @ b.T
 
-# %% ../nbs/04_loss.ipynb #f3bdb3fd
+# %% ../nbs/04_loss.ipynb #bd053ab8
 def scores(
     q: Tensor,  # (B, D) queries
     k: Tensor,  # (B, D) positive keys
     keys: Tensor,  # (K, D) negative keys, or (B, S, D): each query's own
     q_neg: Tensor | None = None,  # (B, D) queries for the negatives; None: `q`
-) -> tuple[Tensor, Tensor]:  # pos (B,), neg (B, K) or (B, S); raises `InputError` for other shapes
-    "Inner products of each query with its own key and with every negative"
+) -> tuple[Tensor, Tensor]:  # pos (B,), neg (B, K) or (B, S)
+    "Inner products of each query with its key and negatives; raises `InputError` for wrong shapes"
     query = q if q_neg is None else q_neg
     check_vectors(q, k, keys, q_neg=query)
     pos = (q * k).sum(1)  # (B,)
@@ -75,7 +75,7 @@ def _soft_max(neg, tau):
     "log sum_i e^{neg_i / tau} of each query, (B,), as plain operations"
     return _logits(neg, tau).logsumexp(1)
 
-# %% ../nbs/04_loss.ipynb #b1be7991
+# %% ../nbs/04_loss.ipynb #04e9fc05
 class _OnePass(torch.autograd.Function):
     "InfoNCE and soft maximum (B,) of logits (B,) and negative scores (B, K), with the gradient"
     @staticmethod
@@ -83,13 +83,14 @@ class _OnePass(torch.autograd.Function):
         push = torch.empty_like(neg)  # (B, K): the gradient in neg
         soft_max = torch.empty_like(logit)  # (B,)
         limits = torch.finfo(neg.dtype)
-        for score, weight, own_logit, m in row_blocks(neg, push, logit, soft_max):
-            top = score.amax(1, keepdim=True).clamp_(min=limits.min)  # (b, 1)
-            torch.sub(score, top, out=weight).mul_(1 / tau).exp_()  # (b, K)
-            total = weight.sum(1, keepdim=True)  # (b, 1)
-            m.copy_((total.log() + top / tau)[:, 0])
-            missing = torch.sigmoid(m - own_logit)[:, None]  # (b, 1): 1 - p_+
-            weight.mul_(missing / (len(neg) * tau * total.clamp_(min=limits.tiny)))
+        blocks = row_blocks(neg, push, logit, soft_max)
+        for neg_block, push_block, logit_block, soft_max_block in blocks:
+            highest = neg_block.amax(1, keepdim=True).clamp_(min=limits.min)  # (b, 1)
+            torch.sub(neg_block, highest, out=push_block).mul_(1 / tau).exp_()  # (b, K)
+            total = push_block.sum(1, keepdim=True)  # (b, 1)
+            soft_max_block.copy_((total.log() + highest / tau)[:, 0])
+            missing = torch.sigmoid(soft_max_block - logit_block)[:, None]  # (b, 1): 1 - p_+
+            push_block.mul_(missing / (len(neg) * tau * total.clamp_(min=limits.tiny)))
         pull = torch.sigmoid(soft_max - logit) / -len(soft_max)  # (B,): the gradient in logit
         ctx.save_for_backward(logit, neg, pull, push)
         ctx.tau = tau
@@ -109,27 +110,31 @@ def _plain_gradient(logit, neg, tau):
     weights = _logits(neg, tau).softmax(1)  # (B, K)
     return -missing, missing[:, None] * weights / tau
 
-# %% ../nbs/04_loss.ipynb #a214fdbc
+# %% ../nbs/04_loss.ipynb #f8da8217
 def positive_logit(
     pos: Tensor,  # (B,)
     tau: float,  # Temperature, above 0
     tau_pos: float | None = None,  # Temperature of the positive's distance 1 - pos; None: `tau`
 ) -> Tensor:  # (B,)
-    "What the softmax sees of a positive score; raises `InputError` for a wrong temperature"
+    "The logit of a positive score in the softmax; raises `InputError` for a wrong temperature"
     tau = float(positive("tau", tau))
     if tau_pos is None:
         return pos / tau
     return 1 / tau - (1 - pos) / float(positive("tau_pos", tau_pos))
 
-# %% ../nbs/04_loss.ipynb #1a291696
+# %% ../nbs/04_loss.ipynb #7f8988c5
 def info_nce(
     pos: Tensor,  # (B,)
     neg: Tensor,  # (B, K); minus infinity where a negative is masked
     tau: float,  # Temperature, above 0
     tau_pos: float | None = None,  # Temperature of the positive's distance 1 - pos; None: `tau`
     with_soft_max: bool = False,  # Return m (B,), too: log sum_i e^{neg_i/tau} of each query
-) -> Tensor:  # Scalar, in nats; raises `InputError` for other shapes
-    "-log( e^{pos/tau} / (e^{pos/tau} + sum_i e^{neg_i/tau}) ), averaged over the batch"
+) -> Tensor | tuple[Tensor, Tensor]:  # Loss (scalar, in nats), or loss and m `with_soft_max`
+    """-log( e^{pos/tau} / (e^{pos/tau} + sum_i e^{neg_i/tau}) ), averaged over the batch
+
+    InfoNCE is from van den Oord, Li and Vinyals (2018), https://arxiv.org/abs/1807.03748.
+    Raises `InputError` for a wrong temperature, for shapes that do not fit, and for no negatives.
+    """
     tau = float(positive("tau", tau))
     check_shapes(pos=(pos, "B"), neg=(neg, "BK"))
     if not neg.numel():
@@ -137,8 +142,11 @@ def info_nce(
     pos = _at_least_float32(pos)
     neg = _at_least_float32(neg)
     logit = positive_logit(pos, tau, tau_pos)  # (B,)
-    on_cpu = neg.device.type == "cpu" and pos.dtype == neg.dtype in (torch.float32, torch.float64)
-    if on_cpu and neg.requires_grad and torch.is_grad_enabled() and _runs_eagerly():
+    on_cpu = neg.device.type == "cpu"
+    same_type = pos.dtype == neg.dtype
+    wide_enough = neg.dtype in (torch.float32, torch.float64)
+    wants_gradient = neg.requires_grad and torch.is_grad_enabled()
+    if on_cpu and same_type and wide_enough and wants_gradient and _runs_eagerly():
         loss, soft_max = _OnePass.apply(logit, neg, tau)
     else:
         soft_max = _soft_max(neg, tau)  # (B,)
@@ -152,24 +160,24 @@ def _at_least_float32(x):
     "`x`, in float32 if it has 16 bits"
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
-# %% ../nbs/04_loss.ipynb #bfd7156c
+# %% ../nbs/04_loss.ipynb #47c97cbf
 class _Attention(torch.autograd.Function):
     "log sum_i e^{q n_i / tau} of each query (B,), with the softmax-weighted mean key as gradient"
     @staticmethod
     def forward(ctx, q, keys, tau):
-        top = q.new_full((len(q), 1), torch.finfo(q.dtype).min)  # (B, 1) highest score so far
-        total = torch.zeros_like(top)  # (B, 1) sum of exponentials
+        highest = q.new_full((len(q), 1), torch.finfo(q.dtype).min)  # (B, 1) score so far
+        total = torch.zeros_like(highest)  # (B, 1) sum of exponentials
         mean = torch.zeros_like(q)  # (B, D) weighted sum of keys
-        for some in keys.split(1024):  # (1024, D)
-            score = _inner_products(q, some)  # (B, 1024)
-            higher = torch.maximum(top, score.amax(1, keepdim=True))
-            weight = score.sub_(higher).mul_(1 / tau).exp_()
-            fade = ((top - higher) / tau).exp_()
+        for key_block in keys.split(1024):  # (1024, D)
+            score = _inner_products(q, key_block)  # (B, 1024)
+            higher = torch.maximum(highest, score.amax(1, keepdim=True))  # (B, 1)
+            weight = score.sub_(higher).mul_(1 / tau).exp_()  # (B, 1024)
+            fade = ((highest - higher) / tau).exp_()  # (B, 1)
             total = total * fade + weight.sum(1, keepdim=True)
-            mean = mean * fade + _inner_products(weight, some.T)
-            top = higher
+            mean = mean * fade + _inner_products(weight, key_block.T)
+            highest = higher
         ctx.save_for_backward(mean / (total * tau))
-        return (total.log() + top / tau)[:, 0]
+        return (total.log() + highest / tau)[:, 0]  # (B,)
     @staticmethod
     def backward(ctx, grad):
         if torch.is_grad_enabled():
@@ -177,7 +185,7 @@ class _Attention(torch.autograd.Function):
                              "info_nce(*scores(...)) for a second derivative.")
         return grad[:, None] * ctx.saved_tensors[0], None, None
 
-# %% ../nbs/04_loss.ipynb #6c981189
+# %% ../nbs/04_loss.ipynb #f86670bc
 def streamed_info_nce(
     q: Tensor,  # (B, D) queries
     k: Tensor,  # (B, D) positive keys
@@ -185,7 +193,12 @@ def streamed_info_nce(
     tau: float,  # Temperature, above 0
     q_neg: Tensor | None = None,  # (B, D) queries for the negatives; None: `q`
 ) -> Tensor:  # Scalar, in nats; differentiable once
-    "`info_nce(*scores(q, k, keys, q_neg), tau)` without the scores; raises as they do"
+    """`info_nce(*scores(q, k, keys, q_neg), tau)` without a matrix of scores
+
+    The running sum is that of Milakov and Gimelshein (2018), https://arxiv.org/abs/1805.02867.
+    Raises `InputError` for a wrong temperature, for shapes that do not fit, for keys that need a
+    gradient, and for a second derivative.
+    """
     tau = float(positive("tau", tau))
     query = q if q_neg is None else q_neg
     check_shapes(q=(q, "BD"), k=(k, "BD"), q_neg=(query, "BD"), keys=(keys, "KD"))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from .core import check_shapes, whole
 
-# %% ../nbs/08_queue.ipynb #5c0c6afb
+# %% ../nbs/08_queue.ipynb #5a2457e8
 class Queue(nn.Module):
     "The last K keys, oldest overwritten first; raises `InputError` for a size below 1"
     def __init__(self,
@@ -27,9 +27,9 @@ class Queue(nn.Module):
         self.register_buffer("ptr", torch.zeros((), dtype=torch.long))
     @torch.no_grad()
     def enqueue(self,
-        k: Tensor,  # (B, D), any B
+        k: Tensor,  # (B, D) the keys of a step; if B > K, the last K stay
     ):
-        "Overwrite the B oldest keys; of more than K keys the last K stay"
+        "Overwrite the B oldest keys; raises `InputError` for wrong shapes"
         check_shapes(queue=(self.keys, "KD"), k=(k, "BD"))
         B = len(k)
         K = len(self.keys)

@@ -7,7 +7,7 @@ __all__ = ['SCHEMA', 'Param', 'Parameter', 'declared', 'defaults', 'in_words', '
            'check_parameters', 'git_revision', 'processor_name', 'device_name', 'arithmetic', 'provenance',
            'write_record', 'read_record', 'result_parameters', 'difference', 'existing_record', 'writable']
 
-# %% ../nbs/11_record.ipynb #398b39a1
+# %% ../nbs/11_record.ipynb #6c0e08b4
 import inspect
 import json
 import math
@@ -22,8 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, NamedTuple, get_args, get_type_hints
 import torch
-from .core import InputError, nearest, one_of, replacing, shown
-from .method import cpu_computes_bf16
+from .core import InputError, cpu_computes_bf16, nearest, one_of, replacing, shown
 
 # %% ../nbs/11_record.ipynb #75897f0d
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ __all__ = ['LEVELS', 'TRANSFORMS', 'ALIASES', 'extrapolate', 'interpolate', 'bet
            'Transform', 'mean_of', 'Extrapolation', 'Interpolation', 'transform_names', 'check_vectors',
            'FeatureTransform']
 
-# %% ../nbs/03_transform.ipynb #6a3a990f
+# %% ../nbs/03_transform.ipynb #4b59334a
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,25 +17,25 @@ import torch.nn.functional as F
 from scipy.special import betaincinv
 from torch import Tensor, nn
 from .core import InputError, Processes, check_shapes, nearest, one_of, positive
-from .core import row_blocks, shown
+from .core import register, row_blocks, shown
 
-# %% ../nbs/03_transform.ipynb #20dec656
+# %% ../nbs/03_transform.ipynb #2c8cca06
 def extrapolate(
     q: Tensor,  # (B, D) queries
     k: Tensor,  # (B, D) their positive keys
     lam: Tensor,  # l_ex: scalar, (B, 1) or (B, D), at least 1
 ) -> tuple[Tensor, Tensor]:  # q_hat, k_hat: (B, D) each
-    "Push a query and its key apart along the line through both"
+    "Push a query and its key apart along the line through both (arXiv 2108.02982)"
     push = (lam - 1) * (q - k)  # (B, D)
     return q + push, k - push
 
-# %% ../nbs/03_transform.ipynb #9b059862
+# %% ../nbs/03_transform.ipynb #d06a61c9
 def interpolate(
     keys: Tensor,  # (K, D) negative keys
     lam: Tensor,  # l_in: scalar, (K, 1) or (K, D), in [0, 1]
     perm: Tensor,  # (K,) a permutation of 0 .. K-1
 ) -> Tensor:  # keys_hat (K, D)
-    "Mix every negative key with another one"
+    "Mix every negative key with another one (arXiv 2108.02982)"
     partners = keys.index_select(0, perm)  # (K, D), a copy, which becomes the result
     return partners.lerp_(keys, torch.as_tensor(lam, dtype=keys.dtype, device=keys.device))
 
@@ -77,15 +77,15 @@ def sample_beta(
 # %% ../nbs/03_transform.ipynb #4a29f8ea
 LEVELS = ["feature", "sample", "dimension"]
 
-# %% ../nbs/03_transform.ipynb #3f4cc17c
+# %% ../nbs/03_transform.ipynb #056a2c4b
 @dataclass
 class Options:
     "What every transformation of a step is told; raises `InputError` for a wrong word or number"
     level: str = "feature"  # one l for a step, one per `sample`, or one per `dimension` of each
     alpha: float = 2.0  # a_ex: l_ex = 1 + strength * Beta(a_ex, a_ex)
     alpha_neg: float = 1.6  # a_in: l_in = Beta(a_in, a_in)
-    strength: float = 1.0  # s: reach of l_ex, above 0 and at most 1
     renormalize: bool = False  # put the transformed vectors back on the sphere
+    strength: float = 1.0  # s: reach of l_ex, above 0 and at most 1
     detach_key: bool = False  # stop the gradient through k_hat
     generator: torch.Generator | None = None  # of all draws, on the device of the vectors
     processes: Processes = Processes()  # that share a batch of pairs
@@ -97,8 +97,8 @@ class Options:
         if positive("strength", self.strength) > 1:
             limit = "but must be at most 1, where l_ex reaches 2."
             raise InputError(f"strength is {shown(self.strength)}, {limit}")
-        one_of("renormalize", self.renormalize, [True, False])
-        one_of("detach_key", self.detach_key, [True, False])
+        _check_bool("renormalize", self.renormalize)
+        _check_bool("detach_key", self.detach_key)
 
     def draw(self,
         alpha: float,  # Of Beta(alpha, alpha)
@@ -110,10 +110,10 @@ class Options:
         shapes = dict(feature=(), sample=(rows, 1), dimension=(rows, x.shape[1]))
         return sample_beta(alpha, shapes[self.level], self.generator, x.device).to(x.dtype)
 
-    def own(self,
+    def for_this_process(self,
         lam: Tensor,  # As drawn for the pairs of the whole batch
     ) -> Tensor:  # (), (N, 1) or (N, D)
-        "The part that belongs to the pairs of this process"
+        "The part of the draws that belongs to the pairs of this process"
         return lam if lam.ndim == 0 else self.processes.part(lam)
 
     def on_sphere(self,
@@ -122,7 +122,12 @@ class Options:
         "The vectors with length 1 if `renormalize` says so, else as they are"
         return F.normalize(x, dim=-1) if self.renormalize else x
 
-# %% ../nbs/03_transform.ipynb #0f4f4874
+def _check_bool(name, value):
+    "Raise `InputError` unless `value` is True or False: 1 and 'no' are neither"
+    if not isinstance(value, bool):
+        raise InputError(f"{name} is {shown(value)}, but must be True or False.")
+
+# %% ../nbs/03_transform.ipynb #acd3ef48
 TRANSFORMS = {}  # name: class
 ALIASES = {"posneg": ["pos", "neg"]}  # a further name: the names it stands for
 
@@ -137,9 +142,10 @@ class Transform(nn.Module):
         one_of("acts_on", cls.acts_on, ["pair", "negatives"])
         if name is None:
             return
-        if not name.isidentifier() or name in ("none", *ALIASES):
-            raise InputError(f"{shown(name)} cannot be the name of a transformation.")
-        TRANSFORMS[name] = cls
+        if name in ("none", *ALIASES):
+            meaning = "it has a meaning already."
+            raise InputError(f"{shown(name)} cannot be the name of a transformation: {meaning}")
+        register(TRANSFORMS, "transformation", name, cls)
 
     def __init__(self,
         options: Options,  # Shared by all transformations of a step
@@ -152,8 +158,8 @@ class Transform(nn.Module):
         q: Tensor,  # (B, D) queries
         k: Tensor,  # (B, D) their positive keys
         keys: Tensor,  # (K, D) negatives, or (B, S, D): each query's own
-    ):
-        "(q_hat, k_hat) if it acts on the pair, else the negatives"
+    ) -> tuple[Tensor, Tensor] | Tensor:  # q_hat and k_hat, (B, D) each, or negatives, as `keys`
+        "The new pair where it acts on the `pair`; the new negatives where it acts on `negatives`"
         raise NotImplementedError
 
 # %% ../nbs/03_transform.ipynb #06513561
@@ -163,23 +169,23 @@ def mean_of(
     "The mean of what was drawn, summed in float32 at least"
     return lam.detach().mean(dtype=torch.promote_types(lam.dtype, torch.float32))
 
-# %% ../nbs/03_transform.ipynb #c8af8943
+# %% ../nbs/03_transform.ipynb #846fdeaf
 class Extrapolation(Transform, name="pos"):
-    "Positive pairs pushed apart by random l_ex in [1, 2]"
+    "Positive pairs pushed apart by random l_ex in [1, 2] (arXiv 2108.02982)"
     draws = ("l_ex",)
 
     def forward(self, q, k, keys):
         options = self.options
         lam = 1 + options.strength * options.draw(options.alpha, q, pairs=True)
         self.drawn = {"l_ex": mean_of(lam)}
-        q_hat, k_hat = extrapolate(q, k, options.own(lam))  # (B, D) each
+        q_hat, k_hat = extrapolate(q, k, options.for_this_process(lam))  # (B, D) each
         q_hat = options.on_sphere(q_hat)
         k_hat = options.on_sphere(k_hat)
         return q_hat, k_hat.detach() if options.detach_key else k_hat
 
-# %% ../nbs/03_transform.ipynb #22354f3d
+# %% ../nbs/03_transform.ipynb #ce0272b6
 class Interpolation(Transform, name="neg"):
-    "Every negative key mixed with another one by random l_in in [0, 1]"
+    "Every negative key mixed with another one by random l_in in [0, 1] (arXiv 2108.02982)"
     acts_on = "negatives"
     draws = ("l_in",)
 
@@ -188,6 +194,9 @@ class Interpolation(Transform, name="neg"):
             raise InputError("interpolation mixes negatives that all queries share, (K, D), but "
                              f"these are {tuple(keys.shape)}: name it before what makes them.")
         options = self.options
+        self.drawn = {}
+        if len(keys) == 0:
+            return keys
         perm = torch.randperm(len(keys), generator=options.generator, device=keys.device)
         if options.level == "dimension" and not keys.requires_grad:
             return self.by_blocks(keys, perm)
@@ -212,7 +221,7 @@ class Interpolation(Transform, name="neg"):
         self.drawn = {"l_in": total / len(keys)}
         return keys_hat
 
-# %% ../nbs/03_transform.ipynb #a7bebb0d
+# %% ../nbs/03_transform.ipynb #c43ffd2d
 def transform_names(
     mixing: str,  # `none`, or names of `TRANSFORMS` joined by +
 ) -> list[str]:  # In the order written; raises `InputError` for an unknown or repeated name
@@ -220,7 +229,8 @@ def transform_names(
     if mixing == "none":
         return []
     known = ", ".join(sorted(TRANSFORMS))
-    allowed = f"none, or one or more of {known} joined by + (posneg is pos+neg)"
+    aliases = ", ".join(f"{alias} is {'+'.join(names)}" for alias, names in ALIASES.items())
+    allowed = f"none, or one or more of {known} joined by + ({aliases})"
     if not isinstance(mixing, str):
         raise InputError(f"mixing is {shown(mixing)}, but must be {allowed}.")
     names = []
@@ -234,7 +244,7 @@ def transform_names(
             names.append(name)
     return names
 
-# %% ../nbs/03_transform.ipynb #d3e172f6
+# %% ../nbs/03_transform.ipynb #61809558
 def check_vectors(
     q: Tensor,  # (B, D)
     k: Tensor,  # (B, D)
@@ -243,12 +253,23 @@ def check_vectors(
 ):
     "Raise `InputError` unless a step's vectors fit each other"
     pairs = {name: (x, "BD") for name, x in dict(q=q, k=k, **more).items()}
-    own = getattr(keys, "ndim", 2) == 3  # each query has its own negatives
-    check_shapes(**pairs, keys=(keys, "BSD" if own else "KD"))
+    each_its_own = getattr(keys, "ndim", 2) == 3  # each query has its own negatives
+    check_shapes(**pairs, keys=(keys, "BSD" if each_its_own else "KD"))
 
-# %% ../nbs/03_transform.ipynb #414b57f7
+# %% ../nbs/03_transform.ipynb #24ebd62a
+def _of_options(name):
+    "A property that is kept in `options`, where every transformation of the step reads it"
+    def read(self):
+        return getattr(self.options, name)
+    def write(self, value):
+        setattr(self.options, name, value)
+    return property(read, write)
+
 class FeatureTransform(nn.Module):
-    "The transformations of a step, with random l drawn anew at each call"
+    "The transformations of a step, drawn anew at each call; raises `InputError` for wrong options"
+    generator = _of_options("generator")  # of all draws
+    processes = _of_options("processes")  # the `Processes` that share every batch
+
     def __init__(self,
         mixing: str = "posneg",  # `none`, or names joined by +: `pos`, `neg`, `pos+neg` (`posneg`)
         level: str = "feature",  # One l a step, one per `sample`, or one per `dimension` of each
@@ -261,7 +282,9 @@ class FeatureTransform(nn.Module):
     ):
         super().__init__()
         self.options = Options(
-            level, alpha, alpha_neg, strength, renormalize, detach_key, generator)
+            level=level, alpha=alpha, alpha_neg=alpha_neg, renormalize=renormalize,
+            strength=strength, detach_key=detach_key, generator=generator,
+        )
         self.mixing = mixing
         self.drawn = {}  # what the last call drew: name -> mean of all l, a scalar tensor
 
@@ -275,24 +298,6 @@ class FeatureTransform(nn.Module):
         parts = [TRANSFORMS[name](self.options) for name in transform_names(mixing)]
         self.parts = nn.ModuleList(parts)
         self._mixing = mixing
-
-    @property
-    def generator(self):
-        "Of all draws"
-        return self.options.generator
-
-    @generator.setter
-    def generator(self, generator):
-        self.options.generator = generator
-
-    @property
-    def processes(self):
-        "The `Processes` that share every batch"
-        return self.options.processes
-
-    @processes.setter
-    def processes(self, processes):
-        self.options.processes = processes
 
     def forward(self,
         q: Tensor,  # (B, D) queries

@@ -64,14 +64,14 @@ def draw_crops(
     centre = ((h - tallest) // 2, (w - widest) // 2, tallest, widest)
     return torch.where(fits.any(1)[:, None], crop, constant(centre, crop.device, crop.dtype))
 
-# %% ../nbs/02_views.ipynb #ca924ed4
+# %% ../nbs/02_views.ipynb #a892ec37
 def resize_taps(
     start: Tensor,  # (B,) first pixel of the crop
     length: Tensor,  # (B,) its length in pixels
     n_in: int,  # Pixels before
     n_out: int,  # Pixels after
 ) -> tuple[Tensor, Tensor]:  # (B, n_out, T) places in the image, and weights, which sum to 1 over T
-    "Crop and resize along one axis (bilinear, antialiased): what each new pixel is made of"
+    "Crop and resize along one axis, bilinear and antialiased: the old pixels in each new one"
     scale = (length / n_out)[:, None]  # (B, 1)
     reach = scale.clamp(min=1)  # half the tent's width
     new = torch.arange(n_out, dtype=start.dtype, device=start.device)
@@ -85,13 +85,13 @@ def resize_taps(
     weight = torch.where((first <= place) & (place <= last), weight, 0.0)
     return place.clamp(0, n_in - 1).int(), weight / weight.sum(2, keepdim=True)
 
-# %% ../nbs/02_views.ipynb #054c4d5d
+# %% ../nbs/02_views.ipynb #6d78568a
 def mix_rows(
     x: Tensor,  # (B, C, H, W) float
     place: Tensor,  # (B, S, T) int, of `resize_taps`
     weight: Tensor,  # (B, S, T)
 ) -> Tensor:  # (B, C, S, W)
-    "Every new row the weighted sum of T old ones"
+    "An image whose every row is a weighted sum of T rows of the old one"
     b, c, h, w = x.shape
     s, t = place.shape[1:]
     first = h * torch.arange(b * c, dtype=place.dtype, device=x.device)  # row of each colour's top
@@ -112,22 +112,22 @@ def blur_kernel(
     weight = torch.exp(-0.5 * (distance / sigma.clamp(min=1e-3)[:, None])**2)  # (B, 1 + reach)
     return weight / (2 * weight.sum(1, keepdim=True) - 1)
 
-# %% ../nbs/02_views.ipynb #bf59ee13
+# %% ../nbs/02_views.ipynb #4d930265
 def blur(
     x: Tensor,  # (B, C, H, W)
     kernel: Tensor,  # (B, 1 + reach), of `blur_kernel`; its reach less than H and W
 ) -> Tensor:  # (B, C, H, W)
     "Each image blurred with a kernel of its own, mirrored at its edges"
     reach = kernel.shape[1] - 1
-    own, *near = kernel[..., None, None, None].unbind(1)  # (B, 1, 1, 1) each
+    own_weight, *weights = kernel[..., None, None, None].unbind(1)  # (B, 1, 1, 1) each
     for axis, pad in ((2, (0, 0, reach, reach)), (3, (reach, reach, 0, 0))):
         length = x.shape[axis]
         old = F.pad(x, pad, "reflect")  # longer along this axis by 2 reach
-        x = old.narrow(axis, reach, length) * own
-        for d, weight in enumerate(near, 1):
-            before = old.narrow(axis, reach - d, length)
-            after = old.narrow(axis, reach + d, length)
-            x.addcmul_(before + after, weight)
+        x = old.narrow(axis, reach, length) * own_weight
+        for distance, weight in enumerate(weights, 1):
+            above_or_left = old.narrow(axis, reach - distance, length)
+            below_or_right = old.narrow(axis, reach + distance, length)
+            x.addcmul_(above_or_left + below_or_right, weight)
     return x
 
 # %% ../nbs/02_views.ipynb #a8483b79
@@ -145,14 +145,14 @@ def quarter_turn() -> tuple:  # 3 rows of 3 numbers
 
 QUARTER = quarter_turn()
 
-# %% ../nbs/02_views.ipynb #dcd256df
+# %% ../nbs/02_views.ipynb #980a4e37
 def colour_matrix(
     brightness: Tensor,  # (B,) factor b
     contrast: Tensor,  # (B,) factor c
     saturation: Tensor,  # (B,) factor s
     hue: Tensor,  # (B,) in full turns
 ) -> Tensor:  # (B, 3, 3); the shift, b (1 - c) times the mean grey, is still to be added
-    "Brightness, contrast, saturation and hue (a turn in YIQ space) as one matrix per image"
+    "Brightness, contrast, saturation and hue (a turn in YIQ colours) as one matrix per image"
     gain = (brightness * contrast)[:, None, None]  # (B, 1, 1)
     angle = (2 * math.pi * hue)[:, None, None]
     grey = constant(LUMA, hue.device, hue.dtype).expand(3, 3)  # L
@@ -175,9 +175,9 @@ def normalise(
     std = constant(STD, x.device, x.dtype).view(3, 1, 1)
     return (x - mean) / std
 
-# %% ../nbs/02_views.ipynb #f084fdf9
+# %% ../nbs/02_views.ipynb #91ddeb62
 class Chances(NamedTuple):
-    "Uniform random numbers from 0 to 1, (B,) each, named after what of `Augmentation` they decide"
+    "Uniform random numbers from 0 to 1, (B,) each, named after the part of a view that they decide"
     jitter: Tensor
     brightness: Tensor
     contrast: Tensor
@@ -188,7 +188,7 @@ class Chances(NamedTuple):
     sigma: Tensor
     flip: Tensor
 
-# %% ../nbs/02_views.ipynb #c2e6af69
+# %% ../nbs/02_views.ipynb #2a132990
 class Draws(NamedTuple):
     "What is done to each of B images"
     row_places: Tensor  # (B, S, T) int, of `resize_taps`
@@ -197,7 +197,7 @@ class Draws(NamedTuple):
     column_weights: Tensor  # (B, S, T)
     kernel: Tensor  # (B, 1 + reach), of `blur_kernel`
     colours: Tensor  # (B, 3, 3), of `colour_matrix`, from bytes to [0, 1]
-    grey_factor: Tensor  # (B,) of the mean grey, which is added; likewise
+    grey_factor: Tensor  # (B,): this times the mean grey is added; also from bytes to [0, 1]
 
     def take(self,
         images: Tensor,  # (b,) their numbers
@@ -245,9 +245,9 @@ def draw_views(
     rows = resize_taps(top, height, h, size)
     return Draws(*rows, places, weights, kernel, colours, grey_factor)
 
-# %% ../nbs/02_views.ipynb #5e407347
+# %% ../nbs/02_views.ipynb #8bdc81f9
 def _blur_some(x, kernel):
-    "Blur x (B, C, H, W) with the kernels (B, 1 + reach), sparing what stays as it is"
+    "Blur x (B, C, H, W) with the kernels (B, 1 + reach); on a CPU, only the images that change"
     if kernel.shape[1] == 1:
         return x
     if x.device.type != "cpu":
@@ -255,10 +255,10 @@ def _blur_some(x, kernel):
     soft = (kernel[:, 0] < 1).nonzero()[:, 0]  # (b,) numbers of the images that change
     return x.index_copy_(0, soft, blur(x.index_select(0, soft), kernel.index_select(0, soft)))
 
-# %% ../nbs/02_views.ipynb #5f5f18e5
-def _make_views(x, drawn, mean, std, out):
-    "Do to x (b, 3, H, W) what was drawn, normalise, and put the views into `out` (b, 3, S, S)"
-    x = x.mT.to(out.dtype, memory_format=torch.contiguous_format)  # (b, 3, W, H)
+# %% ../nbs/02_views.ipynb #c662ece4
+def _make_views(x, drawn, mean, std, views):
+    "Do to x (b, 3, H, W) what was drawn, normalise, and put the result into `views` (b, 3, S, S)"
+    x = x.mT.to(views.dtype, memory_format=torch.contiguous_format)  # (b, 3, W, H)
     x = mix_rows(x, drawn.column_places, drawn.column_weights)  # (b, 3, S, H)
     x = mix_rows(x.mT.contiguous(), drawn.row_places, drawn.row_weights)  # (b, 3, S, S)
     x = _blur_some(x, drawn.kernel)
@@ -266,11 +266,11 @@ def _make_views(x, drawn, mean, std, out):
     shift = (drawn.grey_factor * mean_grey)[:, None, None]  # (b, 1, 1)
     gain = 1 / constant(std, x.device, x.dtype)[:, None]  # (3, 1)
     shift = (shift - constant(mean, x.device, x.dtype)[:, None]) * gain  # (b, 3, 1)
-    x = torch.baddbmm(shift, drawn.colours * gain, x.flatten(2)).view(out.shape)  # (b, 3, S, S)
-    for colour, view, m, s in zip(x.unbind(1), out.unbind(1), mean, std):
+    x = torch.baddbmm(shift, drawn.colours * gain, x.flatten(2)).view(views.shape)  # (b, 3, S, S)
+    for colour, view, m, s in zip(x.unbind(1), views.unbind(1), mean, std):
         torch.clamp(colour, -m / s, (1 - m) / s, out=view)
 
-# %% ../nbs/02_views.ipynb #6b1f8797
+# %% ../nbs/02_views.ipynb #4f663b27
 def augment(
     x: Tensor,  # (B, 3, H, W) uint8
     how: Augmentation,
@@ -280,7 +280,7 @@ def augment(
     mean: tuple = (0, 0, 0),  # Of red, green and blue: taken off
     std: tuple = (1, 1, 1),  # Of red, green and blue: divided by
 ) -> Tensor:  # (B, 3, S, S) in [0, 1], unless shifted and scaled
-    "Every image cropped, flipped, coloured and blurred with random numbers of its own"
+    "Images cropped, flipped, blurred and coloured at random; raises `InputError` for wrong input"
     check_images("x", x)
     if not isinstance(how, Augmentation):
         raise InputError(f"how is {shown(how)}, but must be an Augmentation: AUGMENTATIONS['B'].")
@@ -292,17 +292,19 @@ def augment(
         drawn = drawn.take(rows)
     layout = torch.channels_last if x.is_cuda else torch.contiguous_format
     shape = (len(x), 3, size, size)
-    out = torch.empty(shape, device=x.device, memory_format=layout)
-    together = max(len(x), 1)  # images
+    views = torch.empty(shape, device=x.device, memory_format=layout)
+    images_at_once = max(len(x), 1)
     if x.device.type == "cpu":
-        together = max(2**17 // max(h * w, size**2), 1)
+        images_at_once = max(2**17 // max(h * w, size**2), 1)
     with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
-        blocks = zip(x.split(together), drawn.blocks(together), out.split(together))
-        for images, draws, views in blocks:
-            _make_views(images, draws, tuple(mean), tuple(std), views)
-    return out
+        image_blocks = x.split(images_at_once)
+        view_blocks = views.split(images_at_once)
+        blocks = zip(image_blocks, drawn.blocks(images_at_once), view_blocks)
+        for image_block, drawn_block, view_block in blocks:
+            _make_views(image_block, drawn_block, tuple(mean), tuple(std), view_block)
+    return views
 
-# %% ../nbs/02_views.ipynb #ac27c6e1
+# %% ../nbs/02_views.ipynb #d0608f02
 def two_views(
     x: Tensor,  # (B, 3, H, W) uint8
     how: Augmentation,
@@ -310,13 +312,13 @@ def two_views(
     generator: torch.Generator | None = None,  # As in `augment`
     rows: Tensor | None = None,  # As in `augment`: the images of one of many processes
 ) -> tuple[Tensor, Tensor]:  # each (B, 3, S, S)
-    "Two independent augmentations of each image, made as one batch of 2B and normalised"
+    "Two normalised views of each image, made as one batch; raises `InputError` as `augment` does"
     check_images("x", x)
     if rows is not None:
         rows = torch.arange(2 * len(x), device=x.device).view(2, -1)[:, rows].flatten()  # (2 b,)
     return augment(x.repeat(2, 1, 1, 1), how, size, generator, rows, MEAN, STD).chunk(2)
 
-# %% ../nbs/02_views.ipynb #e4aa6cfd
+# %% ../nbs/02_views.ipynb #ba435d74
 def show_views(
     x: Tensor,  # (B, 3, H, W) uint8
     how: Augmentation,
@@ -325,7 +327,7 @@ def show_views(
     n: int = 8,  # Images to show
     ax=None,  # Where to draw; None: a new figure
 ):  # The axes
-    "Images with their two views below them, one image per column"
+    "Images with two views of each below them; raises `InputError` as `augment` does"
     import matplotlib.pyplot as plt
     from torchvision.utils import make_grid
     views = augment(x[:n].repeat(2, 1, 1, 1), how, size, generator)  # (2 n, 3, S, S)
@@ -343,10 +345,10 @@ def show_views(
 SMALLEST_AREA = 0.08  # share of the image, as in torchvision's RandomResizedCrop
 MOST_VIEW_STRENGTH = 1.5
 
-# %% ../nbs/02_views.ipynb #69bbd497
-def _scaled(own, strength, most):
-    "`strength` times `own`, but not beyond `most`, or beyond `own` where that is more"
-    return min(strength * own, max(own, most))
+# %% ../nbs/02_views.ipynb #8762cd3a
+def _scaled(value, strength, most):
+    "`strength` times `value`, at most `most`; a value that is already above `most` never grows"
+    return min(strength * value, max(value, most))
 
 # %% ../nbs/02_views.ipynb #1a70aa95
 def with_view_strength(

@@ -42,13 +42,16 @@ def _checked(frames, label, columns):
             raise InputError(f"a step of {label!r} is not a finite number.")
     return frames
 
-# %% ../nbs/06_visualize.ipynb #b05774ae
+# %% ../nbs/06_visualize.ipynb #e5ce927a
 def join_scores(
     runs: dict,  # label -> list of data frames, one per seed (or a single data frame)
     bins: int = 40,  # Steps are averaged within at most this many windows
     columns: list = (),  # That every data frame must have, beside `step`
 ) -> pd.DataFrame:  # A row a window: statistics, `run`, `seed`, `step`, `window` in iterations
-    "Several runs smoothed, as one table; NaN where a window has a value that is no number"
+    """Several runs smoothed, as one table; NaN where a window has a value that is no number
+
+    Raises `InputError` where there is no run, for `bins` below 1, and for a data frame that lacks a
+    column, has no row, or holds text."""
     whole("bins", bins, 1)
     if not isinstance(runs, dict) or not runs:
         raise InputError("there is no run to draw: give a dict of label -> list of data frames.")
@@ -76,15 +79,21 @@ def seed_band(
     over_seeds = [known.agg(how, axis=1) for how in ("mean", "min", "max")]
     return pd.concat([step, *over_seeds], axis=1, keys=["step", "mean", "low", "high"])
 
-# %% ../nbs/06_visualize.ipynb #cbdbbde3
+# %% ../nbs/06_visualize.ipynb #191c3793
 PAGE = 6.9  # Inches: the width of a page
 LINES = ("-", "--", ":", "-.", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)))  # For lines in greyscale
 
-def _panels(count, height, most=3, alone=3.6, **how):
-    "A figure with `count` panels of `height` inches, in rows of at most `most`"
+def _panels(
+    count: int,
+    height: float,  # Of a row, in inches
+    most: int = 3,  # Panels side by side
+    single: float = 3.6,  # Width in inches where panels stand one below the other, or one by itself
+    **how,  # Further arguments of `plt.subplots`
+):  # Figure
+    "A figure with `count` panels, as wide as a page where panels stand side by side"
     rows = math.ceil(count / most)
     across = math.ceil(count / rows)
-    size = PAGE if across > 1 else alone, height * rows
+    size = PAGE if across > 1 else single, height * rows
     fig, axes = plt.subplots(rows, across, figsize=size, layout="constrained", squeeze=False, **how)
     for ax in axes.flat[count:]:
         ax.remove()
@@ -114,7 +123,7 @@ CURVES = {  # Column: label of its axis
     "neg_var": "negative score,\nvariance (inner product²)",
 }
 
-# %% ../nbs/06_visualize.ipynb #c7919ffa
+# %% ../nbs/06_visualize.ipynb #bcd1024f
 def _check_columns(columns):
     "Raise `InputError` unless there is a column to draw"
     if not isinstance(columns, dict) or not columns:
@@ -123,8 +132,8 @@ def _check_columns(columns):
 def _plot_band(ax, band, label, color, ls):
     "One setting's line with its band; a point where a window stands alone between two gaps"
     ax.plot(band["step"], band["mean"], color=color, ls=ls, label=label)
-    alone = band["mean"].shift().isna() & band["mean"].shift(-1).isna()
-    ax.plot(band["step"], band["mean"].where(alone), ".", color=color)
+    lone = band["mean"].shift().isna() & band["mean"].shift(-1).isna()
+    ax.plot(band["step"], band["mean"].where(lone), ".", color=color)
     ax.fill_between(band["step"], band["low"], band["high"], color=color, alpha=0.2, lw=0)
 
 def _note(data):
@@ -139,13 +148,15 @@ def _note(data):
         notes.append(f"each point: mean over {count} iterations")
     return "; ".join(notes)
 
-# %% ../nbs/06_visualize.ipynb #b1a291e2
+# %% ../nbs/06_visualize.ipynb #5abe99a9
 def plot_scores(
     runs: dict,  # label -> list of data frames, one per seed (or a single one)
     columns: dict = CURVES,  # Column -> label of its axis
-    before: bool = False,  # The scores before the transformation
+    before: bool = False,  # Draw the scores before the transformation; False: those after it
 ):  # Figure
-    "Score statistics against iteration: a line a setting; a gap where a seed has no number"
+    """Score statistics against iteration: a line a setting; a gap where a seed has no number
+
+    Raises `InputError` where there is no run or column to draw."""
     _check_columns(columns)
     if before:
         columns = {f"before_{c}": label.replace("inner product", "cosine")
@@ -161,14 +172,14 @@ def plot_scores(
     fig.suptitle(_note(data), fontsize="small")
     return legend_below(fig, *fig.axes[0].get_legend_handles_labels())
 
-# %% ../nbs/06_visualize.ipynb #dab0361c
+# %% ../nbs/06_visualize.ipynb #4c40a596
 def _request():
     "The request that runs this cell, as the notebook's front end sent it; {} outside a notebook"
     ipython = sys.modules.get("IPython")  # loaded, if this is a notebook
     shell = ipython.get_ipython() if ipython else None
     return shell.get_parent() if hasattr(shell, "get_parent") else {}
 
-@lru_cache(1)
+@lru_cache(1)  # so all runs of one cell get the same place
 def _place(
     request: str,  # Id of the request that runs the cell
     stays: bool,  # False: empty again when the cell is done
@@ -188,7 +199,7 @@ def _place(
         events.register("post_run_cell", clear)
     return handle
 
-# %% ../nbs/06_visualize.ipynb #14ecf9bf
+# %% ../nbs/06_visualize.ipynb #0314359d
 class LiveScores:
     "Curves of a recorder, drawn anew in place while it fills, in a notebook that somebody has open"
     def __init__(self,
@@ -196,7 +207,7 @@ class LiveScores:
         label: str = "",  # Of the curves
         columns: dict = CURVES,  # Column -> label of its axis
         time_share: float = 0.05,  # Of the time, at most, goes into drawing
-        shown: bool = True,  # False: draw nothing
+        visible: bool = True,  # False: draw nothing
         stays: bool = True,  # False: the place is empty again when the cell is done
     ):
         self.recorder = recorder
@@ -206,7 +217,7 @@ class LiveScores:
         self.due = 0.  # on the clock of `time.perf_counter`
         self.handle = None  # of the place for the picture; None: draw nothing
         request = _request()
-        if shown and "cellId" in request.get("metadata", {}):
+        if visible and "cellId" in request.get("metadata", {}):
             self.handle = _place(request["header"]["msg_id"], stays)
 
     def update(self) -> float:  # Seconds it took
@@ -237,12 +248,14 @@ def _unmasked(
         raise InputError(f"a {name} score is not a finite number.")
     return x
 
-# %% ../nbs/06_visualize.ipynb #ab19a3aa
+# %% ../nbs/06_visualize.ipynb #afdb67ec
 def plot_histogram(
     before: tuple,  # (pos, neg) as the encoder gives them
     after: tuple,  # (pos, neg) as the loss sees them
 ):  # Figure
-    "Density of one step's scores before and after the transformation"
+    """Density of one step's scores before and after the transformation
+
+    Raises `InputError` for what is no pair of tensors, and for scores that are not finite."""
     for name, pair in (("before", before), ("after", after)):
         many = isinstance(pair, tuple | list) and len(pair) == 2
         if not many or not all(isinstance(o, Tensor) for o in pair):
@@ -261,14 +274,16 @@ def plot_histogram(
         ax.set(xlabel=f"{name} score", ylabel="density", title=f"{len(a):,} {name} pairs")
     return legend_below(fig, *fig.axes[0].get_legend_handles_labels())
 
-# %% ../nbs/06_visualize.ipynb #119280b8
+# %% ../nbs/06_visualize.ipynb #c9e46ee3
 def plot_beta(
     alphas: list,  # Of Beta(alpha, alpha), one curve each
     drawn: pd.Series,  # The l of a run's steps, one l a step, at one of these alphas
     low: float,  # Of the range of l, which has the width 1: 0 for l_in, 1 for l_ex
     label: str,  # Of l
 ):  # Figure
-    "Density of l for several alphas, and a histogram of what was drawn; cut off at 3.5"
+    """Density of l for several alphas, and a histogram of what was drawn; cut off at 3.5
+
+    Raises `InputError` where nothing was drawn, and for an alpha that is not above 0."""
     drawn = pd.Series(drawn, dtype=float).dropna()
     if drawn.empty:
         raise InputError(f"no {label} was drawn in this run: give one with a transformation.")
@@ -282,11 +297,13 @@ def plot_beta(
     ax.set(xlabel=label, ylabel="density (cut off at 3.5)", ylim=(0, 3.5))
     return legend_below(fig, *ax.get_legend_handles_labels())
 
-# %% ../nbs/06_visualize.ipynb #3c9b58b9
+# %% ../nbs/06_visualize.ipynb #c5e5765a
 def plot_lambda(
     frames: list,  # Data frames of runs with a transformation, or a single one
 ):  # Figure
-    "Density of the recorded l, the mean of a step's: l_ex of the positives, l_in of the negatives"
+    """Density of the recorded l, the mean of a step's: l_ex of the positives, l_in of the negatives
+
+    Raises `InputError` where nothing was drawn."""
     frames = [frames] if isinstance(frames, pd.DataFrame) else frames
     names = {"l_in": ("negatives ($l_{in}$)", "--"), "l_ex": ("positives ($l_{ex}$)", "-")}
     fig = _panels(1, 2.7)
@@ -303,12 +320,12 @@ def plot_lambda(
     ax.set(xlabel=f"l, mean of each step: {where}", ylabel="density")
     return legend_below(fig, *ax.get_legend_handles_labels())
 
-# %% ../nbs/06_visualize.ipynb #33227620
+# %% ../nbs/06_visualize.ipynb #eb65901c
 def quantile_density(
     row: dict,  # One step of a record: a Series or a dict
     prefix: str,  # `pos`, `neg`, `before_pos` or `before_neg`
 ) -> tuple[np.ndarray, np.ndarray]:  # edges (5,); density (4,), as fractions per unit of score
-    "The histogram that five quantiles are"
+    "A histogram with an edge at each of the five quantiles"
     edges = np.array([row[c] for c in quantile_columns(prefix)])  # (5,)
     narrowest = 2 * LIMIT / BINS
     return edges, np.diff(QUANTILES) / np.maximum(np.diff(edges), narrowest)  # (5,), (4,)
@@ -328,13 +345,16 @@ def _plot_hills(ax, row, prefix, base):
         heights = base + 0.9 * density / density.max()
         ax.stairs(heights, edges, baseline=base, fill=True, **look)
 
-# %% ../nbs/06_visualize.ipynb #3c2d33f3
+# %% ../nbs/06_visualize.ipynb #ed450e68
 def plot_ridges(
     runs: dict,  # label -> data frame of one run, or a list of which the first is drawn
-    before: bool = True,  # The scores before the transformation
+    before: bool = False,  # Draw the scores before the transformation; False: those after it
     n_steps: int = 8,  # To show
 ):  # Figure
-    "Distributions of positive and negative scores, from the first recorded step down to the last"
+    """Distributions of positive and negative scores, from the first recorded step down to the last
+
+    Raises `InputError` where there is no run, for a run without quantiles, and for `n_steps` below
+    1."""
     whole("n_steps", n_steps, 1)
     if not isinstance(runs, dict) or not runs:
         raise InputError("there is no run to draw: give a dict of label -> data frame.")
@@ -345,23 +365,25 @@ def plot_ridges(
         first = frames if isinstance(frames, pd.DataFrame) else frames[:1]
         frame = _checked(first, label, needed)[0]
         at = np.linspace(0, len(frame) - 1, min(n_steps, len(frame))).round().astype(int)
-        shown = frame.iloc[at]
-        for i, (_, row) in enumerate(shown.iterrows()):
+        rows = frame.iloc[at]
+        for i, (_, row) in enumerate(rows.iterrows()):
             _plot_hills(ax, row, prefix, -i)
-        ticks = -np.arange(len(shown))
-        ax.set(yticks=ticks, yticklabels=shown["step"].astype(int), ylabel="iteration", title=label)
+        ticks = -np.arange(len(rows))
+        ax.set(yticks=ticks, yticklabels=rows["step"].astype(int), ylabel="iteration", title=label)
         ax.set_xlabel("cosine" if before else "inner product")
         ax.tick_params(labelbottom=True)
     patches = [Patch(**look) for look in _LOOKS.values()]
     return legend_below(fig, patches, [p.get_label() for p in patches])
 
-# %% ../nbs/06_visualize.ipynb #1e700cb0
+# %% ../nbs/06_visualize.ipynb #ad7f4de3
 def plot_depth(
     runs: dict,  # label -> list of data frames, one per seed; the labels in their order
     columns: dict,  # Column -> title: what the vertical axis shows
     setting: str = "",  # What the labels are
 ):  # Figure
-    "Statistics against iteration, one line a setting, the settings one behind the other"
+    """Statistics against iteration, one line a setting, the settings one behind the other
+
+    Raises `InputError` where there is no run or column to draw."""
     _check_columns(columns)
     data = join_scores(runs, columns=columns)
     solid = dict(projection="3d", computed_zorder=False)
@@ -395,27 +417,29 @@ def _cells(steps, values):
     edges = np.insert(np.append(left, right[-1]), holes + 1, right[holes])
     return edges, np.insert(values, holes + 1, np.nan)
 
-# %% ../nbs/06_visualize.ipynb #b9cab241
+# %% ../nbs/06_visualize.ipynb #87dd81a1
 def plot_landscape(
     runs: dict,  # label -> list of data frames, one per seed; the labels in their order
     columns: dict,  # Column -> label of the colours
     setting: str = "",  # What the labels are
     log: bool = True,  # Colours by the logarithm; a value must be above 0 then, or it is a gap
 ):  # Figure
-    "Statistics over iteration (across) and setting (down), as colours; hatched where unknown"
+    """Statistics over iteration (across) and setting (down), as colours; hatched where unknown
+
+    Raises `InputError` where there is no run or column, and for a column without a value."""
     _check_columns(columns)
     data = join_scores(runs, columns=columns)
-    fig = _panels(len(columns), 0.8 + 0.3 * len(runs), most=2, alone=4.5, sharey=True)
+    fig = _panels(len(columns), 0.8 + 0.3 * len(runs), most=2, single=4.5, sharey=True)
     fig.axes[0].set_ylabel(setting)
     for ax, (column, label) in zip(fig.axes, columns.items()):
         bands = [seed_band(data[data["run"] == run], column) for run in runs]
-        shown = [b["mean"].where(b["mean"] > 0) if log else b["mean"] for b in bands]
-        every = pd.concat(shown).dropna()
+        values = [b["mean"].where(b["mean"] > 0) if log else b["mean"] for b in bands]
+        every = pd.concat(values).dropna()
         if every.empty:
             raise InputError(f"{column} has no finite value{' above 0' * log} in these runs.")
         norm = (LogNorm if log else Normalize)(every.min(), every.max())
-        for i, (band, values) in enumerate(zip(bands, shown)):
-            edges, cells = _cells(band["step"].to_numpy(), values.to_numpy())
+        for i, (band, row) in enumerate(zip(bands, values)):
+            edges, cells = _cells(band["step"].to_numpy(), row.to_numpy())
             sides = [i - 0.5, i + 0.5]
             drawn = ax.pcolormesh(edges, sides, cells[None], norm=norm, rasterized=True)
         ax.set(yticks=range(len(runs)), yticklabels=runs, xlabel="iteration")
@@ -440,7 +464,7 @@ PANELS = {  # Title: (column -> its name in the legend, label of the axis)
     "learning rate": ({"lr": ""}, "per step"),
 }
 
-# %% ../nbs/06_visualize.ipynb #40cc8ead
+# %% ../nbs/06_visualize.ipynb #c339ee2d
 def _plot_quantiles(ax, steps, quantiles):
     "Five quantiles (5, steps) as bands around the median"
     ax.fill_between(steps, quantiles[0], quantiles[4], alpha=0.2, lw=0, color="C0")
@@ -457,10 +481,11 @@ def _legend_above(ax):
 def _plot_panel(ax, data, columns):
     "The columns that the data has, or a note that there are none"
     here = [c for c in columns if c in data]
-    bands = len(columns) == len(QUANTILES)
-    if not here or bands and len(here) < len(columns):  # bands need all of them
+    are_quantiles = list(columns) in (quantile_columns("pos"), quantile_columns("neg"))
+    needed = len(columns) if are_quantiles else 1  # bands need all five
+    if len(here) < needed:
         ax.text(0.5, 0.5, "not recorded", ha="center", transform=ax.transAxes)
-    elif bands:
+    elif are_quantiles:
         _plot_quantiles(ax, data["step"], data[here].to_numpy().T)
     else:
         for column, ls in zip(here, LINES):
@@ -468,12 +493,12 @@ def _plot_panel(ax, data, columns):
     if len(here) > 1:
         _legend_above(ax)
 
-# %% ../nbs/06_visualize.ipynb #fa39b39d
+# %% ../nbs/06_visualize.ipynb #ca6a7cc4
 def run_page(
     frame: pd.DataFrame,  # The record of one run
     title: str = "",
 ):  # Figure
-    "All statistics of one run on one page"
+    "All statistics of one run on one page; raises `InputError` for a record without a row"
     require_columns(frame, ["step"], "the data frame")
     data = join_scores({"": frame}, bins=60)
     fig = _panels(len(PANELS), 1.7, sharex=True)

@@ -128,13 +128,36 @@ def test_a_data_set_is_one_class(tmp_path):
     assert (record["n_train"], record["n_test"]) == (96, 64)
     assert record["metrics"]["knn_backbone"] > 50
 
+    class Unlabelled(Stripes):
+        "The same images; nobody knows what they are"
+
+        classes = None
+
+        def __init__(self, split, size):
+            super().__init__(split, size)
+            self.turned = self.labels
+            self.labels = None
+
+        def batch(self, indices):
+            self.labels = self.turned
+            images = super().batch(indices)
+            self.labels = None
+            return images
+
+    DATASETS["unlabelled"] = Unlabelled
+    with pytest.raises(InputError, match="labels"):  # before it trains
+        run(tmp_path / "wanted", dataset="unlabelled", n_images=96)
+    assert not list((tmp_path / "wanted").glob("*"))
+    other, _ = run(tmp_path / "none", dataset="unlabelled", n_images=96, readouts="none")
+    assert other["metrics"] == {} and other["epochs"] == record["epochs"]
+
 
 def test_a_precision_that_is_only_imitated_is_refused(tmp_path, monkeypatch):
     "A study pins its precision: a run that is missing is not made with another one"
     for question in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, question, lambda: False, raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(InputError, match="precision is 'bf16', but this processor only imitates it"):
+    with pytest.raises(InputError, match="bf16', but this processor only imitates it"):
         run(tmp_path, precision="bf16")
     assert not list(tmp_path.iterdir())
     record, _ = run(tmp_path, precision="auto")

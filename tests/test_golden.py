@@ -6,7 +6,7 @@ import golden
 import pytest
 import torch
 
-from ftcl.method import native_precision
+from ftcl.core import native_precision
 from ftcl.scores import BINS, LIMIT
 from ftcl.train import pretrain
 
@@ -33,8 +33,8 @@ def test_a_run_leaves_the_same_bits(name, tmp_path):
 
     Elsewhere sums are rounded otherwise, and training amplifies that from step to step. So there
     the first step is compared, before any weight moves. A score is a sum of products of features
-    that passed ten layers: 1e-3 is a thousand units of the last digit of float32, and 0.02 is five
-    of bfloat16. A quantile may fall into the next bin of its histogram.
+    that passed ten layers: 1e-3 is ten thousand units of the last digit of float32, and 0.02 is
+    five of bfloat16. A quantile may fall into the next bin of its histogram.
     """
     kept = RUNS[name]
     setting = kept["setting"]

@@ -24,8 +24,14 @@ OPTIONS = [
     "--ServerApp.port=0",
     "--IdentityProvider.token=",
     "--LabApp.extension_manager=readonly",
+    "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
 ]
-OFFLINE = ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+BROWSER_OPTIONS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # it finds this machine alone
+]
 WATCH = """cell => {
     window.seen = {pictures: [], most: 0, bars: [], prompts: []};
     const add = (list, x) => { if (!list.includes(x)) list.push(x) };
@@ -52,18 +58,10 @@ def lab(tmp_path_factory):
         path.write_text(json.dumps(setting))
     own = {f"JUPYTER_{n}_DIR": str(home / n) for n in ("CONFIG", "DATA", "RUNTIME")}
     own |= {f"JUPYTERLAB_{n}_DIR": str(home / n) for n in ("SETTINGS", "WORKSPACES")}
-    command = [
-        sys.executable,
-        "-m",
-        "jupyterlab",
-        *OPTIONS,
-        *OFFLINE,
-        f"--ServerApp.root_dir={home}",
-    ]
+    own |= dict(OMP_NUM_THREADS="1")
+    command = [sys.executable, "-m", "jupyterlab", *OPTIONS, f"--ServerApp.root_dir={home}"]
     with open(home / "log", "w") as log:
-        server = psutil.Popen(
-            command, env=os.environ | own | dict(OMP_NUM_THREADS="1"), stdout=log, stderr=log
-        )
+        server = psutil.Popen(command, env=os.environ | own, stdout=log, stderr=log)
     try:
         while not list(home.glob("RUNTIME/jpserver-*-open.html")):
             assert server.poll() is None, (home / "log").read_text()
@@ -80,13 +78,10 @@ def lab(tmp_path_factory):
 @pytest.fixture
 def page():
     "A page of headless Chromium that finds this machine alone; fails if anything was thrown in it"
+    errors = []
     with sync_playwright() as p:
-        alone = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
-        browser = p.chromium.launch(
-            executable_path=BROWSER,
-            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", alone],
-        )
-        page, errors = browser.new_page(), []
+        browser = p.chromium.launch(executable_path=BROWSER, args=BROWSER_OPTIONS)
+        page = browser.new_page()
         page.set_default_timeout(120_000)
         page.on("pageerror", lambda e: errors.append(str(e)))
         yield page
@@ -115,19 +110,15 @@ def test_curves_grow_in_place(lab, page, name, changes, runs, curves):
     training.evaluate(WATCH)
     page.get_by_text("Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
-    expect(page.locator(".jp-CodeCell .jp-InputPrompt").last).to_have_text(
-        re.compile(r"\[\d+\]:"), timeout=120_000
-    )
+    last_prompt = page.locator(".jp-CodeCell .jp-InputPrompt").last
+    expect(last_prompt).to_have_text(re.compile(r"\[\d+\]:"), timeout=120_000)
 
     seen = page.evaluate("seen")
     assert len(seen["pictures"]) > 1, "the picture never changed"
     assert seen["most"] == 1 and seen["prompts"] == ["[*]:"]
     assert all(bar.count("%|") <= 1 for bar in seen["bars"]), "more than one progress bar"
-    assert all(
-        any(re.match(rf"{run}: .*<\d\d:\d\d, ", bar) for bar in seen["bars"]) for run in runs
-    )
-    assert (
-        training.locator("img").count() == 0
-        and not training.locator(".jp-OutputArea-output").all_text_contents()[-1].strip()
-    )
+    for run in runs:
+        assert any(re.match(rf"{run}: .*<\d\d:\d\d, ", bar) for bar in seen["bars"]), run
+    assert training.locator("img").count() == 0
+    assert not training.locator(".jp-OutputArea-output").all_text_contents()[-1].strip()
     assert page.locator(".jp-CodeCell", has_text="plot_scores(").locator("img").count() == curves

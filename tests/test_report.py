@@ -1,9 +1,6 @@
 "The report in a real browser: it opens from disk, draws, switches runs and logs no error"
 
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from playwright.sync_api import sync_playwright
@@ -11,7 +8,8 @@ from playwright.sync_api import sync_playwright
 from ftcl.report import html_report
 from ftcl.study import read_runs
 
-ROOT = Path(__file__).parent.parent
+from test_runs import ROOT, papermill
+
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next((path for path in map(shutil.which, NAMES) if path), None)
 MOMENTUM = ROOT / "results" / "cifar10-momentum"
@@ -42,15 +40,6 @@ def page():
         yield page
         browser.close()
     assert not errors, errors
-
-
-def papermill(out, **parameters):
-    "Run the notebook; `out` is the page"
-    command = [sys.executable, "-m", "papermill", "--no-progress-bar", "nbs/report.ipynb"]
-    command.append(f"{out}.ipynb")
-    for name, value in (dict(out=out) | parameters).items():
-        command += ["-p", name, str(value)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 def opened(page, path):
@@ -123,7 +112,7 @@ def test_no_text_becomes_a_link(page, tmp_path):
 def test_the_notebook_makes_the_page(page, tmp_path):
     out = tmp_path / "page.html"
     names = "none-momentum0.99-*"
-    run = papermill(out, records=MOMENTUM, names=names, columns="loss")
+    run = papermill("report", out, records=MOMENTUM, names=names, columns="loss")
     assert run.returncode == 0, run.stderr
     opened(page, out)
 
@@ -138,7 +127,7 @@ def test_the_notebook_makes_the_page(page, tmp_path):
     ],
 )
 def test_a_mistake_is_one_sentence_and_no_page(tmp_path, out, wrong, told):
-    run = papermill(tmp_path / out, **{"records": MOMENTUM} | wrong)
+    run = papermill("report", tmp_path / out, **{"records": MOMENTUM} | wrong)
     said = [line for line in run.stderr.splitlines() if line.startswith("InputError:")]
     assert run.returncode != 0 and len(said) == 1 and told in said[0]
     assert not (tmp_path / out).exists()
