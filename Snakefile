@@ -1,7 +1,8 @@
 # The paper as a graph of notebook runs.
 #   snakemake --cores 2 figures              draws every picture whose records or notebook changed
 #                                            (make figures); with -F every one
-#   snakemake --cores 2 runs                 trains the runs whose records are missing, one core each
+#   snakemake --cores 2 runs                 trains the runs whose records are missing, one core
+#                                            each
 #   snakemake --profile profiles/slurm runs  the same on a cluster, one job a run; any other
 #                                            executor plugin works alike
 import sys
@@ -10,6 +11,13 @@ from pathlib import Path
 
 configfile: "studies.yaml"
 
+
+# Of every shell command below, on every node: freed memory stays with the process, so that a step
+# takes less time and gives the same numbers (nbs/benchmark.ipynb). glibc needs both.
+shell.prefix(
+    "set -euo pipefail; "
+    "export MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_MMAP_THRESHOLD_=1073741824; "
+)
 
 PAPERMILL = f"{sys.executable} -m papermill --no-progress-bar --log-level WARNING"
 
@@ -49,7 +57,8 @@ def pictures(names):
 
 
 def records(study):
-    "The records that a figure is drawn from; as absolute paths, which no rule makes: drawing never trains"
+    "The records that a figure is drawn from"
+    # as absolute paths, which no rule makes: drawing never trains
     files = Path("results", study).glob("*") if study else []
     return sorted(str(p.resolve()) for p in files if p.suffix in (".json", ".parquet"))
 
@@ -83,7 +92,9 @@ for notebook, (study, names) in FIGURES.items():
 
 
 rule run:
-    output: "results/{study}/{setting}-s{seed,[0-9]+}.json", "results/{study}/{setting}-s{seed}.parquet"
+    output:
+        "results/{study}/{setting}-s{seed,[0-9]+}.json",
+        "results/{study}/{setting}-s{seed}.parquet",
     log: "runs/{study}/{setting}-s{seed}.ipynb"
     params: lambda w: parameters(**w)
     threads: 1
@@ -97,5 +108,5 @@ rule vectors:
     input: "results/cifar10-settings/none-s0.safetensors"
     output: "results/sphere/vectors.json"
     log: "runs/sphere/vectors.ipynb"
-    params: "-p checkpoint results/cifar10-settings/none-s0.safetensors -p n_pairs 256 -p n_keys 512"
-    shell: "{PAPERMILL} nbs/vectors.ipynb {log} {params} -p out results/sphere"
+    params: "-p n_pairs 256 -p n_keys 512 -p out results/sphere"
+    shell: "{PAPERMILL} nbs/vectors.ipynb {log} -p checkpoint {input} {params}"
