@@ -42,6 +42,7 @@ FIGURES = {  # notebook in nbs/figures: (study that it is drawn from, its pictur
     "discussion": ("cifar10-regime", ["cifar10-discussion"]),
     "mixing": ("cifar10-mixing", ["cifar10-mixing-accuracy", "cifar10-mixing-scores"]),
     "regime": ("cifar10-regime", ["cifar10-regime", "cifar10-controls", "cifar10-collapse"]),
+    "screening": ("cifar10-screening", ["cifar10-screening"]),
 }
 RUNS = [
     f"results/{study}/{setting}-s{seed}"
