@@ -152,6 +152,32 @@ def test_parameters_are_those_of_the_function(name):
         assert comments[parameter] == about.help, parameter
 
 
+@pytest.mark.parametrize("name", ["vectors", "report", "benchmark", "scaling"])
+def test_parameters_of_a_notebook_alone_are_declared_in_it(name):
+    "By one function, whose annotated signature says names, defaults and comments"
+    source = "\n".join(c.source for c in cells(ROOT / "nbs" / f"{name}.ipynb"))
+    functions = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef)]
+    declaring = [f for f in functions if f.args.args and ast.unparse(f).count("Annotated[")]
+    assert len(declaring) == 1
+    arguments = declaring[0].args
+    declared = {}
+    for argument, default in zip(arguments.args, arguments.defaults, strict=True):
+        about = argument.annotation.slice.elts[1]  # Annotated[type, Param(help, ...)]
+        declared[argument.arg] = (ast.literal_eval(default), ast.literal_eval(about.args[0]))
+    comments = dict(re.findall(r"^(\w+) = .*?  # (.*)$", "\n".join(parameter_lines(name)), re.M))
+    given = {n: (value, comments[n]) for n, value in parameters(name).items()}
+    assert given == declared
+
+
+def test_memory_is_kept_alike_everywhere():
+    "The two settings of the C library stand in four files"
+    files = ["Makefile", "Snakefile", "nbs/benchmark.ipynb", "nbs/index.ipynb"]
+    for variable in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
+        for file in files:
+            values = re.findall(rf"{variable}\W+(\d+)", (ROOT / file).read_text())
+            assert set(values) == {str(2**30)}, (file, variable, values)
+
+
 def test_a_run_keeps_every_parameter_that_it_was_given():
     "`pretrain` hands its parameters on by name; the record must not lose one"
     source = (ROOT / "ftcl" / "train.py").read_text()
