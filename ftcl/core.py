@@ -49,16 +49,17 @@ def nearest(
     near = get_close_matches(str(name), [str(o) for o in allowed], 1)
     return f" Did you mean {near[0]!r}?" if near else ""
 
-# %% ../nbs/00_core.ipynb #6d4634af
+# %% ../nbs/00_core.ipynb #679021c6
 def one_of(
     name: str,  # The parameter's name
     value,  # Its value
     allowed: list,  # The values it may take
 ):
     "`value`, if it is allowed; raises `InputError` otherwise"
-    if value in list(allowed):
-        return value
-    choices = ", ".join(map(str, allowed))
+    for choice in allowed:
+        if type(value) is type(choice) and value == choice:
+            return value
+    choices = ", ".join(str(choice) or "''" for choice in allowed)
     hint = nearest(value, allowed) if isinstance(value, str) else ""
     raise InputError(f"{name} is {shown(value)}, but must be one of {choices}.{hint}")
 

@@ -6,13 +6,14 @@
 __all__ = ['RESNETS', 'ENCODERS', 'STEMS', 'small_resnet', 'backbone', 'projection', 'SplitBN', 'split_bn', 'Encoder',
            'ema_update']
 
-# %% ../nbs/07_encoder.ipynb #97670178
+# %% ../nbs/07_encoder.ipynb #b801f68e
+from numbers import Real
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
-from .core import InputError, one_of, whole
+from .core import InputError, one_of, shown, whole
 
 # %% ../nbs/07_encoder.ipynb #35639a9f
 def small_resnet(
@@ -144,7 +145,7 @@ class Encoder(nn.Module):
         "The last layer, which makes z"
         return self.head if isinstance(self.head, nn.Linear) else self.head[-1]
 
-# %% ../nbs/07_encoder.ipynb #b09dadc0
+# %% ../nbs/07_encoder.ipynb #c7225b3c
 @torch.no_grad()
 def ema_update(
     key: nn.Module,  # Changed in place
@@ -152,6 +153,8 @@ def ema_update(
     m: float,  # From 0 (copies `query`) to 1 (keeps `key`)
 ):
     "theta_k <- m theta_k + (1 - m) theta_q, parameters only; raises `InputError` for other shapes"
+    if not (isinstance(m, Real) and 0 <= m <= 1):
+        raise InputError(f"m is {shown(m)}, but must be a number from 0 to 1.")
     theta_k = list(key.parameters())
     theta_q = list(query.parameters())
     if [p.shape for p in theta_k] != [p.shape for p in theta_q]:

@@ -322,7 +322,7 @@ READOUTS = {  # name: function of (encoder, train, test, settings), accuracy in 
     "linear_backbone": linear_backbone,
 }
 
-# %% ../nbs/10_evaluate.ipynb #a176ef61
+# %% ../nbs/10_evaluate.ipynb #0e4f70d5
 def read_out(
     encoder: Encoder,
     train: ImageSet,  # To fit on
@@ -334,4 +334,10 @@ def read_out(
     if names is None:
         names = list(READOUTS)
     readouts = {name: READOUTS[one_of("readout", name, READOUTS)] for name in names}
-    return {name: readout(encoder, train, test, settings) for name, readout in readouts.items()}
+    accuracies = {}
+    for name, readout in readouts.items():
+        accuracy = float(readout(encoder, train, test, settings))
+        if not 0 <= accuracy <= 100:
+            raise InputError(f"the readout {name} gave {accuracy}, but must give percent.")
+        accuracies[name] = accuracy
+    return accuracies

@@ -185,7 +185,7 @@ class _Attention(torch.autograd.Function):
                              "info_nce(*scores(...)) for a second derivative.")
         return grad[:, None] * ctx.saved_tensors[0], None, None
 
-# %% ../nbs/04_loss.ipynb #f86670bc
+# %% ../nbs/04_loss.ipynb #675f6faa
 def streamed_info_nce(
     q: Tensor,  # (B, D) queries
     k: Tensor,  # (B, D) positive keys
@@ -201,7 +201,10 @@ def streamed_info_nce(
     """
     tau = float(positive("tau", tau))
     query = q if q_neg is None else q_neg
-    check_shapes(q=(q, "BD"), k=(k, "BD"), q_neg=(query, "BD"), keys=(keys, "KD"))
+    check_vectors(q, k, keys, q_neg=query)
+    if keys.ndim != 2 or not len(keys):
+        raise InputError(f"keys has the shape {tuple(keys.shape)}, but must be (K, D) with at "
+                         "least one negative.")
     if keys.requires_grad:
         raise InputError("keys needs a gradient, which is not streamed: take "
                          "info_nce(*scores(...)).")

@@ -6,8 +6,9 @@
 __all__ = ['METHODS', 'NEG_QUERIES', 'Step', 'Contrast', 'Method', 'join', 'join_contrasts', 'MoCo', 'MoCoV1', 'MoCoV2',
            'build_method', 'augmentation_of']
 
-# %% ../nbs/09_method.ipynb #dd8a3410
+# %% ../nbs/09_method.ipynb #ea232421
 from copy import deepcopy
+from numbers import Real
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
@@ -152,7 +153,7 @@ def join_contrasts(
     neg = torch.cat([part.neg for part in parts])  # (2B, K)
     return Contrast(pos, neg, before, drawn)
 
-# %% ../nbs/09_method.ipynb #fa20c5d5
+# %% ../nbs/09_method.ipynb #67f925eb
 class MoCo(Method):
     "Momentum contrast: queries against the keys of a slower encoder and a queue of earlier ones"
     def __init__(self,
@@ -166,8 +167,8 @@ class MoCo(Method):
         neg_query: str = "transformed",  # Which query meets the negatives: see `NEG_QUERIES`
         precision: str = "fp32",  # `bf16` or `fp32` inside the encoders
     ):
-        if not 0 <= momentum <= 1:
-            raise InputError(f"momentum is {shown(momentum)}, but must lie in [0, 1].")
+        if not (isinstance(momentum, Real) and 0 <= momentum <= 1):
+            raise InputError(f"momentum is {shown(momentum)}, but must be a number from 0 to 1.")
         super().__init__(encoder, transform, precision)
         self.key_encoder = deepcopy(encoder).requires_grad_(False)
         self.queue = queue

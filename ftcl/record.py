@@ -272,16 +272,16 @@ def existing_record(
         )
     return record
 
-# %% ../nbs/11_record.ipynb #e06e7619
+# %% ../nbs/11_record.ipynb #3d591d09
 def writable(
-    out: str,  # A folder, made if missing; `~` stands for the user's own
+    out: str,  # A folder, made if missing
     name: str,  # A file name without its ending
 ) -> Path:  # out/name.json
     "Where a run's record goes; raises `InputError` where a run's files cannot be written"
     if not name or Path(name).name != name:
         raise InputError(f"name is {shown(name)}, but must be a file name; folders go into `out`.")
     try:
-        folder = Path(out).expanduser()
+        folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
         for ending in ("json", "parquet", "safetensors"):
             path = folder / f"{name}.{ending}"
@@ -289,7 +289,7 @@ def writable(
                 raise IsADirectoryError(0, f"{path.name} is a folder")
             with tempfile.NamedTemporaryFile(dir=folder, prefix=path.name):
                 pass
-    except (OSError, ValueError, RuntimeError) as e:
+    except (OSError, ValueError) as e:
         why = getattr(e, "strerror", None) or e
         raise InputError(
             f"{name!r} cannot be written to the output folder {out!r} ({why}): give another."

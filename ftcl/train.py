@@ -8,7 +8,7 @@ __all__ = ['LOOP_COLUMNS', 'cosine_lr', 'set_lr', 'check_fit', 'leave_processes'
            'running_statistics', 'end_epoch', 'progress_bar', 'train_to_end', 'make_record', 'finish', 'readout_names',
            'check_run', 'run_to_record', 'pretrain', 'evaluate_checkpoint']
 
-# %% ../nbs/13_train.ipynb #770e17d1
+# %% ../nbs/13_train.ipynb #7a0ac9cc
 import atexit
 import math
 import signal
@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 from .checkpoint import State, load_checkpoint, load_encoder, refuse_other_run, save_checkpoint
 from .core import MIX, ORDER, PRECISIONS, VIEWS, InputError, Processes
-from .core import alone, one_of, resolve_precision, seeded
+from .core import alone, nearest, resolve_precision, seeded, shown
 from .data import ImageSet, split_images
 from .encoder import ENCODERS, STEMS
 from .evaluate import READOUTS, ReadoutSettings, check_sets, class_count, read_out
@@ -395,7 +395,7 @@ def finish(
     s.recorder.save(path.with_suffix(".parquet"))
     write_record(record, path)
 
-# %% ../nbs/13_train.ipynb #5f4dbb87
+# %% ../nbs/13_train.ipynb #abc5ee72
 def readout_names(
     readouts: str,  # Names of `READOUTS`, joined by +; `none`; empty: all
 ) -> list:
@@ -404,7 +404,13 @@ def readout_names(
         return []
     names = readouts.split("+") if readouts else list(READOUTS)
     for name in names:
-        one_of("readouts", name, READOUTS)
+        if name not in READOUTS or names.count(name) > 1:
+            known = ", ".join(READOUTS)
+            hint = nearest(name, READOUTS) if name not in READOUTS else ""
+            raise InputError(
+                f"readouts is {shown(readouts)}, but must be none, or one or more of {known} "
+                f"joined by +, each once.{hint}"
+            )
     return names
 
 def check_run(
@@ -414,7 +420,7 @@ def check_run(
     check_given(p, declared(pretrain))
     check_fit(defaults(pretrain) | p)
 
-# %% ../nbs/13_train.ipynb #b61d1990
+# %% ../nbs/13_train.ipynb #e2456bef
 def run_to_record(
     s: State,  # Before its first step
     train: ImageSet,
@@ -433,9 +439,9 @@ def run_to_record(
     if p["resume"] and checkpoint.exists():
         load_checkpoint(s, checkpoint)
     s.accelerator.wait_for_everyone()  # nobody writes before all have looked
-    if s.accelerator.is_main_process:  # what lay there is not the record of what will
-        for ending in (".json", ".parquet"):
-            path.with_suffix(ending).unlink(missing_ok=True)
+    if s.accelerator.is_main_process and path.exists():
+        path.unlink()  # a record of this very run, but not of the checkpoints that come now
+        path.with_suffix(".parquet").unlink(missing_ok=True)
     if not train_to_end(s, train.to(s.accelerator.device), test, checkpoint):
         return None
     if s.accelerator.is_main_process:
@@ -443,7 +449,7 @@ def run_to_record(
     s.accelerator.wait_for_everyone()
     return read_record(path)
 
-# %% ../nbs/13_train.ipynb #c705bee7
+# %% ../nbs/13_train.ipynb #a0c1e361
 def pretrain(
     dataset: Annotated[str, Param("shapes, a folder, or a Hugging Face id", "data")] = "shapes",
     n_images: Annotated[int, Param("train on n of the images; 0: all", "data", least=0)] = 0,
@@ -565,7 +571,7 @@ def pretrain(
     )
     check_run(p)
     p["precision"] = resolve_precision(precision)
-    record = existing_record(p, Path(out).expanduser() / f"{name}.json", pretrain)
+    record = existing_record(p, Path(out) / f"{name}.json", pretrain)
     if resume and record:
         return record
     accelerator = find_device(batch_size, bn_splits)
@@ -577,7 +583,7 @@ def pretrain(
     train, test = split_images(dataset, size or None, holdout, n_images)
     return run_to_record(s, train, test)
 
-# %% ../nbs/13_train.ipynb #6a6cdea4
+# %% ../nbs/13_train.ipynb #0a54c3b0
 def evaluate_checkpoint(
     checkpoint: Annotated[
         str, Param("what pretrain wrote, ends in .safetensors; the notebook makes one if empty")
@@ -611,7 +617,7 @@ def evaluate_checkpoint(
     check_given(p, declared(evaluate_checkpoint))
     p["precision"] = precision = resolve_precision(precision)
     encoder, trained = load_encoder(checkpoint)
-    existing_record(p, Path(out).expanduser() / f"{name}.json", evaluate_checkpoint)
+    existing_record(p, Path(out) / f"{name}.json", evaluate_checkpoint)
     wanted = dataset or trained["dataset"]
     train, test = split_images(wanted, trained["size"] or None, 0, n_images)
     path = writable(out, name)

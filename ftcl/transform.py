@@ -244,17 +244,21 @@ def transform_names(
             names.append(name)
     return names
 
-# %% ../nbs/03_transform.ipynb #61809558
+# %% ../nbs/03_transform.ipynb #8d5129cf
 def check_vectors(
     q: Tensor,  # (B, D)
     k: Tensor,  # (B, D)
     keys: Tensor,  # (K, D), or (B, S, D)
     **more: Tensor,  # Further (B, D), by name
 ):
-    "Raise `InputError` unless a step's vectors fit each other"
+    "Raise `InputError` unless a step's vectors fit each other, in shape and in type"
     pairs = {name: (x, "BD") for name, x in dict(q=q, k=k, **more).items()}
     each_its_own = getattr(keys, "ndim", 2) == 3  # each query has its own negatives
     check_shapes(**pairs, keys=(keys, "BSD" if each_its_own else "KD"))
+    for name, x in dict(k=k, keys=keys, **more).items():
+        if not q.is_floating_point() or x.dtype != q.dtype:
+            raise InputError(f"q holds {q.dtype} and {name} {x.dtype}, but all must hold one "
+                             "floating-point type.")
 
 # %% ../nbs/03_transform.ipynb #24ebd62a
 def _of_options(name):
