@@ -4,20 +4,26 @@
 
 # %% auto #0
 __all__ = ['AUGMENTATIONS', 'LUMA', 'IDENTITY', 'QUARTER', 'MEAN', 'STD', 'SMALLEST_AREA', 'MOST_VIEW_STRENGTH', 'Augmentation',
-           'draw_crops', 'resize_taps', 'mix_rows', 'blur_kernel', 'blur', 'quarter_turn', 'colour_matrix', 'normalise',
-           'Chances', 'Draws', 'draw_views', 'augment', 'two_views', 'show_views', 'with_view_strength']
+           'place_crops', 'draw_crops', 'resize_taps', 'mix_rows', 'blur_kernel', 'blur', 'quarter_turn',
+           'colour_matrix', 'normalise', 'Chances', 'Draws', 'finishing_draws', 'draw_views', 'make_views',
+           'check_augmentation', 'augment', 'two_views', 'crop_image', 'augmented_batches', 'view_batches',
+           'show_views', 'with_view_strength']
 
-# %% ../nbs/02_views.ipynb #725ced52
+# %% ../nbs/02_views.ipynb #479fc89f
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import repeat
 from numbers import Real
 from typing import NamedTuple
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
-from .core import InputError, constant, shown, whole
-from .data import check_images
+from .core import InputError, constant, seeded, shown, whole
+from .data import ImageSet, OnDisk, check_images, image_shape, spread
 
 # %% ../nbs/02_views.ipynb #5b2dc8d9
 @dataclass(frozen=True)
@@ -38,18 +44,20 @@ class Augmentation:
 # %% ../nbs/02_views.ipynb #f94abf8f
 AUGMENTATIONS = {"A": Augmentation(), "B": Augmentation(hue=0.1, jitter=0.8, blur=0.5)}
 
-# %% ../nbs/02_views.ipynb #880b21e5
-def draw_crops(
-    n: int,  # Number of crops
-    h: int,  # Height of the images
-    w: int,  # Width of the images
+# %% ../nbs/02_views.ipynb #a8fbb33f
+def place_crops(
+    tries: Tensor,  # (4, n, 10) uniform from 0 to 1, for area, ratio, top and left of each try
+    h: int | Tensor,  # Height of the images; (n,) where each has its own
+    w: int | Tensor,  # Width of the images; (n,) where each has its own
     area: tuple,  # As in `Augmentation`
     ratio: tuple,  # As in `Augmentation`
-    generator: torch.Generator | None = None,  # On `device`
-    device: torch.device | None = None,
 ) -> Tensor:  # (n, 4): top, left, height, width in pixels
-    "Random crops, drawn as torchvision's RandomResizedCrop does: 10 tries, then the centre"
-    u_area, u_ratio, u_top, u_left = torch.rand(4, n, 10, generator=generator, device=device)
+    "The crops that random numbers stand for: of each image the first try that fits, or the centre"
+    centre = _centre_crops(h, w, ratio, tries)  # (n, 4) or (4,)
+    if isinstance(h, Tensor):
+        h = h[:, None]  # (n, 1)
+        w = w[:, None]
+    u_area, u_ratio, u_top, u_left = tries
     target = h * w * (area[0] + u_area * (area[1] - area[0]))  # (n, 10)
     aspect = torch.exp(math.log(ratio[0]) + u_ratio * math.log(ratio[1] / ratio[0]))  # (n, 10)
     width = (target * aspect).sqrt().round()
@@ -59,10 +67,34 @@ def draw_crops(
     left = (u_left * (w - width + 1)).floor()
     first = fits.int().argmax(1)[:, None, None].expand(-1, 1, 4)  # (n, 1, 4)
     crop = torch.stack([top, left, height, width], 2).gather(1, first)[:, 0]  # (n, 4)
+    return torch.where(fits.any(1)[:, None], crop, centre)
+
+def _centre_crops(h, w, ratio, like):
+    "The largest centred crops that keep to the ratios, as numbers of the kind of `like`"
+    if isinstance(h, Tensor):
+        sizes = zip(h.tolist(), w.tolist())
+        return like.new_tensor([_centre_crop(*size, ratio) for size in sizes]).view(-1, 4)
+    return constant(_centre_crop(h, w, ratio), like.device, like.dtype)
+
+def _centre_crop(h, w, ratio):
+    "Of one image"
     widest = min(w, max(round(h * ratio[1]), 1))
     tallest = min(h, max(round(w / ratio[0]), 1))
-    centre = ((h - tallest) // 2, (w - widest) // 2, tallest, widest)
-    return torch.where(fits.any(1)[:, None], crop, constant(centre, crop.device, crop.dtype))
+    return (h - tallest) // 2, (w - widest) // 2, tallest, widest
+
+# %% ../nbs/02_views.ipynb #13c0a1ea
+def draw_crops(
+    n: int,  # Number of crops
+    h: int | Tensor,  # Height of the images; (n,) where each has its own
+    w: int | Tensor,  # Width of the images; (n,) where each has its own
+    area: tuple,  # As in `Augmentation`
+    ratio: tuple,  # As in `Augmentation`
+    generator: torch.Generator | None = None,  # On `device`
+    device: torch.device | None = None,
+) -> Tensor:  # (n, 4): top, left, height, width in pixels
+    "Random crops, drawn as torchvision's RandomResizedCrop does: 10 tries, then the centre"
+    tries = torch.rand(4, n, 10, generator=generator, device=device)
+    return place_crops(tries, h, w, area, ratio)
 
 # %% ../nbs/02_views.ipynb #a892ec37
 def resize_taps(
@@ -188,30 +220,53 @@ class Chances(NamedTuple):
     sigma: Tensor
     flip: Tensor
 
-# %% ../nbs/02_views.ipynb #2a132990
+# %% ../nbs/02_views.ipynb #26dc4e5b
 class Draws(NamedTuple):
-    "What is done to each of B images"
-    row_places: Tensor  # (B, S, T) int, of `resize_taps`
-    row_weights: Tensor  # (B, S, T)
-    column_places: Tensor  # (B, S, T) int
-    column_weights: Tensor  # (B, S, T)
+    "What is done to each of B images; those without places and weights are cropped already"
     kernel: Tensor  # (B, 1 + reach), of `blur_kernel`
     colours: Tensor  # (B, 3, 3), of `colour_matrix`, from bytes to [0, 1]
     grey_factor: Tensor  # (B,): this times the mean grey is added; also from bytes to [0, 1]
+    row_places: Tensor | None = None  # (B, S, T) int, of `resize_taps`
+    row_weights: Tensor | None = None  # (B, S, T)
+    column_places: Tensor | None = None  # (B, S, T) int
+    column_weights: Tensor | None = None  # (B, S, T)
 
     def take(self,
         images: Tensor,  # (b,) their numbers
     ) -> "Draws":  # Of b images
         "What is done to some of the images"
-        return Draws(*(drawn[images] for drawn in self))
+        return Draws(*(None if drawn is None else drawn[images] for drawn in self))
 
     def blocks(self,
         length: int,  # Images in a block
     ) -> Iterator["Draws"]:
         "What is done to the images, block by block"
-        return map(Draws, *(drawn.split(length) for drawn in self))
+        parts = [repeat(None) if drawn is None else drawn.split(length) for drawn in self]
+        return map(Draws, *parts)
 
-# %% ../nbs/02_views.ipynb #193d421d
+# %% ../nbs/02_views.ipynb #4a96dd70
+def finishing_draws(
+    u: Chances,  # (B,) each
+    how: Augmentation,
+    size: int,  # Side S of the views
+) -> Draws:
+    "What is done to images that are cropped already: blur and colours"
+    jittered = u.jitter < how.jitter
+    brightness = torch.where(jittered, 1 + how.brightness * (2 * u.brightness - 1), 1.0)
+    contrast = torch.where(jittered, 1 + how.contrast * (2 * u.contrast - 1), 1.0)
+    saturation = torch.where(jittered, 1 + how.saturation * (2 * u.saturation - 1), 1.0)
+    saturation = torch.where(u.grey < how.grey, 0.0, saturation)
+    hue = torch.where(jittered, how.hue * (2 * u.hue - 1), 0.0)
+    colours = colour_matrix(brightness, contrast, saturation, hue) / 255
+    grey_factor = brightness * (1 - contrast) / 255
+    smallest = how.sigma[0] * size / 224  # pixels
+    largest = how.sigma[1] * size / 224
+    sigma = smallest + u.sigma * (largest - smallest)
+    reach = min(int(4.8 * largest), size - 1) if how.blur else 0
+    kernel = blur_kernel(torch.where(u.blur < how.blur, sigma, 0.0), reach)
+    return Draws(kernel, colours, grey_factor)
+
+# %% ../nbs/02_views.ipynb #09bbaa55
 def draw_views(
     n: int,  # Images
     h: int,  # Their height
@@ -225,25 +280,12 @@ def draw_views(
     crop = draw_crops(n, h, w, how.area, how.ratio, generator, device)
     top, left, height, width = crop.unbind(1)
     u = Chances(*torch.rand(len(Chances._fields), n, generator=generator, device=device))
-    jittered = u.jitter < how.jitter
-    brightness = torch.where(jittered, 1 + how.brightness * (2 * u.brightness - 1), 1.0)
-    contrast = torch.where(jittered, 1 + how.contrast * (2 * u.contrast - 1), 1.0)
-    saturation = torch.where(jittered, 1 + how.saturation * (2 * u.saturation - 1), 1.0)
-    saturation = torch.where(u.grey < how.grey, 0.0, saturation)
-    hue = torch.where(jittered, how.hue * (2 * u.hue - 1), 0.0)
-    colours = colour_matrix(brightness, contrast, saturation, hue) / 255
-    grey_factor = brightness * (1 - contrast) / 255
     flipped = (u.flip < how.flip)[:, None, None]
     places, weights = resize_taps(left, width, w, size)
     places = torch.where(flipped, places.flip(1), places)
     weights = torch.where(flipped, weights.flip(1), weights)
-    smallest = how.sigma[0] * size / 224  # pixels
-    largest = how.sigma[1] * size / 224
-    sigma = smallest + u.sigma * (largest - smallest)
-    reach = min(int(4.8 * largest), size - 1) if how.blur else 0
-    kernel = blur_kernel(torch.where(u.blur < how.blur, sigma, 0.0), reach)
     rows = resize_taps(top, height, h, size)
-    return Draws(*rows, places, weights, kernel, colours, grey_factor)
+    return Draws(*finishing_draws(u, how, size)[:3], *rows, places, weights)
 
 # %% ../nbs/02_views.ipynb #8bdc81f9
 def _blur_some(x, kernel):
@@ -255,12 +297,15 @@ def _blur_some(x, kernel):
     soft = (kernel[:, 0] < 1).nonzero()[:, 0]  # (b,) numbers of the images that change
     return x.index_copy_(0, soft, blur(x.index_select(0, soft), kernel.index_select(0, soft)))
 
-# %% ../nbs/02_views.ipynb #c662ece4
+# %% ../nbs/02_views.ipynb #f1c536c9
 def _make_views(x, drawn, mean, std, views):
     "Do to x (b, 3, H, W) what was drawn, normalise, and put the result into `views` (b, 3, S, S)"
-    x = x.mT.to(views.dtype, memory_format=torch.contiguous_format)  # (b, 3, W, H)
-    x = mix_rows(x, drawn.column_places, drawn.column_weights)  # (b, 3, S, H)
-    x = mix_rows(x.mT.contiguous(), drawn.row_places, drawn.row_weights)  # (b, 3, S, S)
+    if drawn.row_places is None:
+        x = x.to(views.dtype, memory_format=torch.contiguous_format)  # (b, 3, S, S)
+    else:
+        x = x.mT.to(views.dtype, memory_format=torch.contiguous_format)  # (b, 3, W, H)
+        x = mix_rows(x, drawn.column_places, drawn.column_weights)  # (b, 3, S, H)
+        x = mix_rows(x.mT.contiguous(), drawn.row_places, drawn.row_weights)  # (b, 3, S, S)
     x = _blur_some(x, drawn.kernel)
     mean_grey = x.mean((2, 3)) @ constant(LUMA, x.device, x.dtype)  # (b,)
     shift = (drawn.grey_factor * mean_grey)[:, None, None]  # (b, 1, 1)
@@ -270,26 +315,16 @@ def _make_views(x, drawn, mean, std, views):
     for colour, view, m, s in zip(x.unbind(1), views.unbind(1), mean, std):
         torch.clamp(colour, -m / s, (1 - m) / s, out=view)
 
-# %% ../nbs/02_views.ipynb #4f663b27
-def augment(
+# %% ../nbs/02_views.ipynb #6522a666
+def make_views(
     x: Tensor,  # (B, 3, H, W) uint8
-    how: Augmentation,
-    size: int | None = None,  # Side S of the result; None: the height of `x`
-    generator: torch.Generator | None = None,  # On the device of `x`
-    rows: Tensor | None = None,  # (b,) make the views of these alone, as among all; None: all
+    drawn: Draws,  # Of B images
+    size: int,  # Side S of the result
     mean: tuple = (0, 0, 0),  # Of red, green and blue: taken off
     std: tuple = (1, 1, 1),  # Of red, green and blue: divided by
 ) -> Tensor:  # (B, 3, S, S) in [0, 1], unless shifted and scaled
-    "Images cropped, flipped, blurred and coloured at random; raises `InputError` for wrong input"
-    check_images("x", x)
-    if not isinstance(how, Augmentation):
-        raise InputError(f"how is {shown(how)}, but must be an Augmentation: AUGMENTATIONS['B'].")
-    b, _, h, w = x.shape
-    size = whole("size", size, 0) if size else h
-    drawn = draw_views(b, h, w, how, size, generator, x.device)
-    if rows is not None:
-        x = x[rows]
-        drawn = drawn.take(rows)
+    "Do to images what was drawn for them"
+    h, w = x.shape[2:]
     layout = torch.channels_last if x.is_cuda else torch.contiguous_format
     shape = (len(x), 3, size, size)
     views = torch.empty(shape, device=x.device, memory_format=layout)
@@ -304,6 +339,35 @@ def augment(
             _make_views(image_block, drawn_block, tuple(mean), tuple(std), view_block)
     return views
 
+# %% ../nbs/02_views.ipynb #6246a034
+def check_augmentation(
+    how: Augmentation,
+) -> Augmentation:  # `how`
+    "Raise `InputError` unless `how` is an augmentation"
+    if not isinstance(how, Augmentation):
+        raise InputError(f"how is {shown(how)}, but must be an Augmentation: AUGMENTATIONS['B'].")
+    return how
+
+def augment(
+    x: Tensor,  # (B, 3, H, W) uint8
+    how: Augmentation,
+    size: int | None = None,  # Side S of the result; None: the height of `x`
+    generator: torch.Generator | None = None,  # On the device of `x`
+    rows: Tensor | None = None,  # (b,) make the views of these alone, as among all; None: all
+    mean: tuple = (0, 0, 0),  # Of red, green and blue: taken off
+    std: tuple = (1, 1, 1),  # Of red, green and blue: divided by
+) -> Tensor:  # (B, 3, S, S) in [0, 1], unless shifted and scaled
+    "Images cropped, flipped, blurred and coloured at random; raises `InputError` for wrong input"
+    check_images("x", x)
+    check_augmentation(how)
+    b, _, h, w = x.shape
+    size = whole("size", size, 0) if size else h
+    drawn = draw_views(b, h, w, how, size, generator, x.device)
+    if rows is not None:
+        x = x[rows]
+        drawn = drawn.take(rows)
+    return make_views(x, drawn, size, mean, std)
+
 # %% ../nbs/02_views.ipynb #d0608f02
 def two_views(
     x: Tensor,  # (B, 3, H, W) uint8
@@ -317,6 +381,104 @@ def two_views(
     if rows is not None:
         rows = torch.arange(2 * len(x), device=x.device).view(2, -1)[:, rows].flatten()  # (2 b,)
     return augment(x.repeat(2, 1, 1, 1), how, size, generator, rows, MEAN, STD).chunk(2)
+
+# %% ../nbs/02_views.ipynb #b624893a
+def crop_image(
+    image: Image.Image,
+    top: int,
+    left: int,
+    height: int,
+    width: int,
+    size: int,  # Side S of the result
+) -> np.ndarray:  # (S, S, 3) uint8
+    "A crop, resized as by `resize_taps`, and rounded"
+    crop = image.crop((left, top, left + width, top + height))  # so that nothing around it weighs
+    return np.asarray(crop.resize((size, size), Image.Resampling.BILINEAR))
+
+# %% ../nbs/02_views.ipynb #cf87fe31
+@dataclass(frozen=True, eq=False)
+class _Cropping:
+    "What a worker does: decode, crop and flip a part of a batch"
+    data: OnDisk
+    how: Augmentation
+    size: int  # S
+    views: int  # V of each image
+
+    def __call__(self, part, indices, numbers):
+        "Of the places `part` (b,) of a batch: crops (V, b, 3, S, S), and chances (9, V, b)"
+        n = self.views * len(indices)
+        generator = seeded(torch.Generator(), *numbers)
+        tries = torch.rand(4, n, 10, generator=generator).view(4, self.views, -1, 10)[:, :, part]
+        chances = torch.rand(len(Chances._fields), n, generator=generator)
+        chances = chances.view(len(chances), self.views, -1)[:, :, part]
+        flipped = Chances(*chances).flip < self.how.flip  # (V, b)
+        crops = np.empty((self.views, len(part), 3, self.size, self.size), np.uint8)
+        for i, index in enumerate(indices[part].tolist()):
+            image = self.data.picture(index)
+            places = place_crops(
+                tries[:, :, i], image.height, image.width, self.how.area, self.how.ratio
+            )  # (V, 4)
+            for view, place in enumerate(places.int().tolist()):
+                crop = crop_image(image, *place, self.size)  # (S, S, 3)
+                crop = crop[:, ::-1] if flipped[view, i] else crop
+                crops[view, i] = crop.transpose(2, 0, 1)
+        return crops, chances.numpy()
+
+# %% ../nbs/02_views.ipynb #c7b2b720
+def augmented_batches(
+    data: ImageSet,
+    plan: Iterable,  # Of (indices (B,), numbers): images of a batch, and what `seeded` is given
+    how: Augmentation,
+    size: int | None = None,  # Side S of a view; None: that of the images
+    device: torch.device = torch.device("cpu"),
+    rows: Tensor | None = None,  # (b,) make the views of these places alone; None: all
+    workers: int = 0,  # Processes that decode images on the disk; 0: this one
+    views: int = 1,  # V of each image
+    mean: tuple = (0, 0, 0),  # As in `augment`
+    std: tuple = (1, 1, 1),  # As in `augment`
+) -> Iterator[Tensor]:  # (V b, 3, S, S) each
+    "Views of batch after batch of any set; raises `InputError` for what cannot be decoded"
+    check_augmentation(how)
+    if isinstance(data, OnDisk):
+        size = whole("size", size, 0) if size else image_shape(data)[0]
+        cropping = _Cropping(data, how, size, views)
+        batches = (
+            (_places(indices, rows), indices.cpu().numpy(), numbers) for indices, numbers in plan
+        )
+        for parts in spread(cropping, batches, workers):
+            crops = np.concatenate([crops for crops, _ in parts], 1)  # (V, b, 3, S, S)
+            chances = np.concatenate([chances for _, chances in parts], 2)  # (9, V, b)
+            x = torch.from_numpy(crops).flatten(0, 1).to(device)  # (V b, 3, S, S)
+            u = Chances(*torch.from_numpy(chances).flatten(1).to(device))  # (V b,) each
+            yield make_views(x, finishing_draws(u, how, size), size, mean, std)
+        return
+    generator = torch.Generator(device)
+    for indices, numbers in plan:
+        x = data.batch(indices).to(device).repeat(views, 1, 1, 1)  # (V B, 3, H, W)
+        chosen = None
+        if rows is not None:
+            chosen = torch.arange(len(x), device=device).view(views, -1)[:, rows].flatten()
+        yield augment(x, how, size, seeded(generator, *numbers), chosen, mean, std)
+
+def _places(indices, rows):
+    "Places (b,) in a batch, as an array"
+    return np.arange(len(indices)) if rows is None else rows.cpu().numpy() % len(indices)
+
+# %% ../nbs/02_views.ipynb #e56bc7d7
+def view_batches(
+    data: ImageSet,
+    plan: Iterable,  # As in `augmented_batches`; for images on the disk it is read ahead
+    how: Augmentation,
+    size: int | None = None,  # As in `augmented_batches`
+    device: torch.device = torch.device("cpu"),
+    rows: Tensor | None = None,  # As in `augmented_batches`
+    workers: int = 0,  # As in `augmented_batches`
+) -> Iterator[tuple[Tensor, Tensor]]:  # (b, 3, S, S) each
+    "Two normalised views of batch after batch; in memory, those of `two_views`"
+    batches = augmented_batches(data, plan, how, size, device, rows, workers, 2, MEAN, STD)
+    with closing(batches):
+        for views in batches:
+            yield views.chunk(2)
 
 # %% ../nbs/02_views.ipynb #ba435d74
 def show_views(

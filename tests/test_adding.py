@@ -145,11 +145,18 @@ def test_a_data_set_is_one_class(tmp_path):
             return images
 
     DATASETS["unlabelled"] = Unlabelled
-    with pytest.raises(InputError, match="labels"):  # before it trains
+    with pytest.raises(InputError, match="has no labels.*evaluate_on"):  # before it trains
         run(tmp_path / "wanted", dataset="unlabelled", n_images=96)
     assert not list((tmp_path / "wanted").glob("*"))
-    other, _ = run(tmp_path / "none", dataset="unlabelled", n_images=96, readouts="none")
-    assert other["metrics"] == {} and other["epochs"] == record["epochs"]
+    alike = dict(n_images=96, holdout=0)
+    known, _ = run(tmp_path / "known", dataset="stripes", **alike)
+    other, _ = run(tmp_path / "none", dataset="unlabelled", **alike)
+    assert other["metrics"] == {} and other["measured_on"] == "nothing"
+    assert other["epochs"] == known["epochs"]
+    elsewhere = dict(alike, dataset="unlabelled", evaluate_on="stripes")
+    measured, _ = run(tmp_path / "elsewhere", **elsewhere)
+    assert (measured["measured_on"], measured["n_test"]) == ("stripes: test split", 256)
+    assert measured["metrics"]["knn_backbone"] > 60 and measured["epochs"] == known["epochs"]
 
 
 def test_a_precision_that_is_only_imitated_is_refused(tmp_path, monkeypatch):
