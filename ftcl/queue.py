@@ -5,35 +5,51 @@
 # %% auto #0
 __all__ = ['Queue']
 
-# %% ../nbs/08_queue.ipynb #886bb4bd
+# %% ../nbs/08_queue.ipynb #4394c653
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .core import check_shapes, whole
+from .core import InputError, check_shapes, whole
+from .transform import check_generator, check_memory
 
-# %% ../nbs/08_queue.ipynb #5a2457e8
+# %% ../nbs/08_queue.ipynb #814352ff
 class Queue(nn.Module):
-    "The last K keys, oldest overwritten first; raises `InputError` for a size below 1"
+    "The last K keys, oldest overwritten first; raises `InputError` for a size that cannot be"
     def __init__(self,
         K: int,  # Number of keys
         dim: int,  # D
-        generator: torch.Generator | None = None,  # Of the unit vectors that it starts with
+        generator: torch.Generator | None = None,  # Of the first unit vectors, and their device
     ):
         super().__init__()
         whole("K, the number of keys,", K, 1)
         whole("dim", dim, 1)
-        start = torch.randn(K, dim, generator=generator)
-        self.register_buffer("keys", F.normalize(start, dim=1))  # (K, D)
-        self.register_buffer("ptr", torch.zeros((), dtype=torch.long))
+        check_generator(generator)
+        device = torch.get_default_device() if generator is None else generator.device
+        check_memory(f"a queue of {K} keys of {dim} numbers", 8 * K * dim, device)
+        with torch.inference_mode(False):  # keys are written at each step of a training
+            start = torch.randn(K, dim, generator=generator, device=device)
+            start = F.normalize(start, dim=1)  # (K, D)
+            ptr = torch.zeros((), dtype=torch.long, device=start.device)
+        self.register_buffer("keys", start)
+        self.register_buffer("ptr", ptr)
     @torch.no_grad()
     def enqueue(self,
         k: Tensor,  # (B, D) the keys of a step; if B > K, the last K stay
     ):
-        "Overwrite the B oldest keys; raises `InputError` for wrong shapes"
+        "Overwrite the B oldest keys; raises `InputError` for a wrong shape or type"
         check_shapes(queue=(self.keys, "KD"), k=(k, "BD"))
+        plain = k.layout == torch.strided and k.is_meta == self.keys.is_meta
+        if not (plain and k.is_floating_point()):
+            raise InputError(
+                f"k holds {k.dtype} on {k.device} as {k.layout}, but must be a plain tensor of "
+                "floating-point numbers."
+            )
         B = len(k)
         K = len(self.keys)
         skip = max(B - K, 0)
         slots = (self.ptr + torch.arange(skip, B, device=self.keys.device)) % K  # (min(B, K),)
-        self.keys.index_copy_(0, slots, k[skip:].to(self.keys))
+        new = k[skip:].to(self.keys)  # (min(B, K), D)
+        if new.untyped_storage().data_ptr() == self.keys.untyped_storage().data_ptr():
+            new = new.clone()  # some of its own keys
+        self.keys.index_copy_(0, slots, new)
         self.ptr.copy_((self.ptr + B) % K)

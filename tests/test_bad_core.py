@@ -1,0 +1,506 @@
+"Odd arguments of transformation, loss, encoder, queue and method: a right result or one sentence"
+
+import math
+import random
+import warnings
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ftcl.core import InputError, Processes
+from ftcl.encoder import Encoder, SplitBN, backbone, ema_update, projection, small_resnet, split_bn
+from ftcl.loss import info_nce, positive_logit, scores, streamed_info_nce
+from ftcl.method import Contrast, Method, MoCo, augmentation_of, build_method, join
+from ftcl.method import join_contrasts, slow_copy, vectors_of
+from ftcl.queue import Queue
+from ftcl.transform import LEVELS, TRANSFORMS, FeatureTransform, Options, Transform
+from ftcl.transform import beta_parameter, check_memory, extrapolate, interpolate, mean_of
+from ftcl.transform import sample_beta, transform_names
+
+B, K, D = 4, 6, 8
+RUN = dict(method="moco_v2", encoder="small", stem="small", dim=8, bn_splits=1, queue_size=40)
+RUN |= dict(momentum=0.9, tau=0.1, tau_pos=0.0, symmetric=False, neg_query="transformed")
+RUN |= dict(precision="fp32", seed=0, weights="", augmentation="", view_strength=1.0, batch_size=8)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def unit(*shape):
+    return F.normalize(torch.randn(*shape, generator=generator()), dim=-1)
+
+
+def views(n=4, size=16):
+    return torch.randn(n, 3, size, size, generator=generator())
+
+
+def odd_values():
+    "What nobody asked for, of many kinds"
+    x = unit(B, D)
+    with torch.inference_mode():
+        inferred = unit(B, D)
+    numbers = [0, 1, -1, 3, 2**31, 2**60, 2**62, 2**63, 10**40, 10**400, 0.0, 0.5, 1e-45, 1e-38]
+    numbers += [1e300, math.inf, -math.inf, math.nan, 1j, True, False, Fraction(1, 2)]
+    numbers += [np.float64(0.3), np.int64(3), np.array(2.0), np.zeros((B, D), np.float32)]
+    others = [None, "", "x", "none", "small", "cpu", "cuda", b"x", [], [1.0], (), (1, 2), {}, set()]
+    others += [object(), int, len, slice(3), torch.float32, torch.device("meta"), nn.Linear(3, 3)]
+    others += [nn.Identity(), generator(), np.random.default_rng(0)]
+    tensors = [torch.tensor(0.5), torch.tensor(math.nan), torch.tensor(3), torch.zeros(0)]
+    tensors += [torch.zeros(0, D), torch.zeros(B, 0), x[:1], x[0], x.T, unit(K, D), unit(B, 3, D)]
+    tensors += [x.double(), x.half(), x.bfloat16(), x.to(torch.complex64), x.long(), x > 0]
+    tensors += [
+        x.to(torch.float8_e4m3fn),
+        x.to("meta"),
+        x.to_sparse(),
+        x.requires_grad_(),
+        inferred,
+    ]
+    tensors += [torch.full((B, D), v) for v in (math.inf, -math.inf, math.nan, 1e38)]
+    tensors += [views(), views()[:0], views()[:1], views(2, 1), views().to("meta"), views().long()]
+    return numbers + others + tensors
+
+
+def shared(transform, **options):
+    return FeatureTransform(transform, generator=generator(), **options)
+
+
+def moco(encoder=None, queue=None, transform=None, **options):
+    encoder = Encoder(small_resnet((4, 8)), dim=D) if encoder is None else encoder
+    queue = Queue(K, D) if queue is None else queue
+    return MoCo(encoder, queue, shared("none") if transform is None else transform, **options)
+
+
+def step(v1, v2, mix, look):
+    return moco(transform=shared("posneg"))(v1, v2, mix, look)[:3]
+
+
+def gradients(pos, neg, tau):
+    "Loss and gradients"
+    leaves = [x for x in (pos, neg) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    leaves = [x.detach().clone().requires_grad_() for x in leaves]
+    given = leaves if len(leaves) == 2 else (pos, neg)
+    loss = info_nce(*given, tau)
+    return loss, *(torch.autograd.grad(loss, leaves) if loss.requires_grad else ())
+
+
+def at_level(level):
+    return lambda q, k, keys: shared("posneg", level=level)(q, k, keys)
+
+
+POS, NEG = scores(unit(B, D), unit(B, D).flip(0), unit(K, D))
+VECTORS = (unit(B, D), unit(B, D).flip(0), unit(K, D))
+PUBLIC = {  # name: function, arguments that are right
+    "extrapolate": (extrapolate, (VECTORS[0], VECTORS[1], 1.5)),
+    "interpolate": (interpolate, (VECTORS[2], 0.5, torch.arange(K).flip(0))),
+    "beta_parameter": (lambda alpha: beta_parameter("alpha", alpha), (2.0,)),
+    "sample_beta": (sample_beta, (2.0, (3, 2), generator(), "cpu")),
+    "mean_of": (mean_of, (VECTORS[0],)),
+    "transform_names": (transform_names, ("posneg",)),
+    "Options": (Options, ("feature", 2.0, 1.6, False, 1.0, False, generator())),
+    "FeatureTransform": (
+        FeatureTransform,
+        ("posneg", "feature", 2.0, 1.6, False, 1.0, False, generator()),
+    ),
+    "at level feature": (at_level("feature"), VECTORS),
+    "at level sample": (at_level("sample"), VECTORS),
+    "at level dimension": (at_level("dimension"), VECTORS),
+    "scores": (scores, (*VECTORS, None)),
+    "positive_logit": (positive_logit, (POS, 0.1, None)),
+    "info_nce": (info_nce, (POS, NEG, 0.1, None, False)),
+    "gradients": (gradients, (POS, NEG, 0.1)),
+    "streamed_info_nce": (streamed_info_nce, (*VECTORS, 0.1, None)),
+    "Queue": (Queue, (5, D, generator())),
+    "enqueue": (lambda k: Queue(5, D).enqueue(k), (VECTORS[0],)),
+    "small_resnet": (small_resnet, ((4, 8),)),
+    "backbone": (lambda net, stem: backbone(net, stem)[1], ("small", "small")),
+    "projection": (projection, ("mlp", D, 4)),
+    "SplitBN": (SplitBN, (D, 4)),
+    "SplitBN forward": (lambda x: SplitBN(3, 2)(x), (views(),)),
+    "split_bn": (lambda net, splits: split_bn(net, splits), (small_resnet((4, 8)), 2)),
+    "Encoder": (Encoder, (small_resnet((4, 8)), "mlp", 8, "small", 1, "")),
+    "Encoder forward": (lambda x: Encoder(small_resnet((4, 8)), dim=8)(x), (views(),)),
+    "Encoder evaluated": (lambda x: Encoder(small_resnet((4, 8)), dim=8).eval()(x), (views(),)),
+    "ema_update": (ema_update, (nn.Linear(3, 3), nn.Linear(3, 3), 0.9)),
+    "MoCo": (
+        lambda *a: moco(**dict(zip(("encoder", "queue", "transform", "momentum", "tau"), a))),
+        (None, None, None, 0.9, 0.1),
+    ),
+    "MoCo options": (
+        lambda a, b, c, d: moco(tau_pos=a, symmetric=b, neg_query=c, precision=d),
+        (None, False, "original", "fp32"),
+    ),
+    "MoCo forward": (step, (views(), views(), True, True)),
+    "join": (join, ([POS],)),
+    "join_contrasts": (join_contrasts, ([Contrast(POS, NEG)],)),
+    "vectors_of": (vectors_of, (Encoder("small", dim=8), views())),
+    "slow_copy": (slow_copy, (nn.Linear(3, 3),)),
+    "build_method": (build_method, (RUN, shared("none"), 1)),
+}
+
+
+def parts(result):
+    "The tensors in a result"
+    if isinstance(result, torch.Tensor):
+        yield result
+    elif isinstance(result, (tuple, list)):
+        for part in result:
+            yield from parts(part)
+
+
+def ordinary(value):
+    "Whether a tensor holds numbers of an ordinary size, so that no result may be NaN"
+    if not isinstance(value, torch.Tensor):
+        return True
+    plain = (
+        value.layout == torch.strided and not value.is_meta and value.dtype != torch.float8_e4m3fn
+    )
+    return plain and bool((value.to(torch.complex128).abs() < 1e30).all())
+
+
+def attempt(f, arguments):
+    "A result without NaN, or one sentence; never a raw error or a warning"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            result = f(*arguments)
+        except InputError as e:
+            text = str(e)
+            assert len(text) < 700 and text.endswith((".", "?")), text
+            return
+    if all(ordinary(value) for value in arguments):
+        for tensor in parts(result):
+            assert tensor.is_meta or not tensor.isnan().any()
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_one_odd_argument_is_taken_or_refused_in_one_sentence(name):
+    f, arguments = PUBLIC[name]
+    attempt(f, arguments)
+    for place in range(len(arguments)):
+        for value in odd_values():
+            attempt(f, (*arguments[:place], value, *arguments[place + 1 :]))
+
+
+@pytest.mark.parametrize("name", [name for name, (_, given) in PUBLIC.items() if len(given) > 1])
+def test_two_odd_arguments_are_no_worse(name):
+    f, arguments = PUBLIC[name]
+    choose = random.Random(name)
+    values = odd_values()
+    for _ in range(60):
+        given = list(arguments)
+        for place in choose.sample(range(len(arguments)), 2):
+            given[place] = choose.choice(values)
+        attempt(f, given)
+
+
+@pytest.mark.parametrize("parameter", sorted(RUN))
+def test_a_run_is_built_from_right_parameters_or_refused(parameter):
+    values = [v for v in odd_values() if not isinstance(v, torch.Tensor)]
+    values = random.Random(parameter).sample(values, 25) + [None, 2**60, math.nan, torch.ones(2)]
+    for value in values:
+        p = RUN | {parameter: value}
+        attempt(lambda: build_method(p, shared("none")).tau, ())
+        attempt(lambda: augmentation_of(p).hue, ())
+        attempt(lambda: MoCo.check(p), ())
+
+
+@pytest.mark.parametrize("parameter", sorted(set(RUN) - {"weights", "batch_size"}))
+def test_a_parameter_that_is_missing_is_named(parameter):
+    p = {name: value for name, value in RUN.items() if name != parameter}
+    with pytest.raises(InputError, match=f"the parameters of the run lack {parameter}"):
+        build_method(p, shared("none"))
+        augmentation_of(p)
+    old = {name: value for name, value in RUN.items() if name != "weights"}
+    assert build_method(old, shared("none")).encoder.loaded == ""  # of an early run
+
+
+# the right values
+
+
+def test_float16_scores_are_summed_in_float32():
+    n = 65_536
+    pos = torch.full((2,), 0.5).half()
+    neg = torch.full((2, n), 0.5).half()
+    assert info_nce(pos, neg, 0.1).item() == pytest.approx(math.log(n + 1), rel=1e-6)
+    x = neg.clone().requires_grad_()
+    loss, soft_max = info_nce(pos, x, 0.1, with_soft_max=True)
+    assert loss.item() == pytest.approx(math.log(n + 1), rel=1e-6)
+    assert soft_max[0].item() == pytest.approx(5 + math.log(n), rel=1e-6)
+    (grad,) = torch.autograd.grad(loss * n, x)
+    assert grad.dtype == torch.float16
+    torch.testing.assert_close(
+        grad.float(), torch.full((2, n), 5.0 * n / (n + 1)), rtol=1e-3, atol=0
+    )
+    q = torch.zeros(1, 4).half()
+    q[0, 0] = 1
+    keys = torch.full((n, 4), 0.5).half()
+    assert streamed_info_nce(q, keys[:1], keys, 0.1).item() == pytest.approx(math.log(n + 1))
+
+
+def test_second_derivatives_are_those_of_differences():
+    pos = torch.tensor([0.3, -0.2]).double()
+    neg = torch.tensor([[0.1, 0.4, -math.inf], [0.2, -0.1, 0.5]]).double()
+    for tau_pos in (None, 0.05):
+
+        def slope(p, n):
+            p = p.clone().requires_grad_()
+            n = n.clone().requires_grad_()
+            return torch.autograd.grad(info_nce(p, n, 0.2, tau_pos), (p, n), create_graph=True), (
+                p,
+                n,
+            )
+
+        (first, push), leaves = slope(pos, neg)
+        got = torch.autograd.grad(first[0] + push[0, 1], leaves)
+        step = 1e-6
+        for leaf, place in ((0, (0,)), (1, (0, 0)), (1, (0, 1)), (1, (0, 2)), (0, (1,))):
+            values = []
+            for sign in (1, -1):
+                moved = [pos.clone(), neg.clone()]
+                moved[leaf][place] += sign * step
+                (first, push), _ = slope(*moved)
+                values.append((first[0] + push[0, 1]).item())
+            want = (values[0] - values[1]) / (2 * step)
+            assert got[leaf][place].item() == pytest.approx(want, abs=1e-6)
+        assert all(o.isfinite().all() for o in got)
+
+
+@pytest.mark.parametrize("tau", [1e-30, 1e-20, 1e-6, 0.1, 1e6, 1e38, 1e300])
+@pytest.mark.parametrize("wants_gradient", [False, True])
+def test_any_temperature_that_is_taken_gives_a_number(tau, wants_gradient):
+    pos = POS.clone().requires_grad_(wants_gradient)
+    neg = NEG.clone().requires_grad_(wants_gradient)
+    neg.data[0] = -math.inf
+    loss, soft_max = info_nce(pos, neg, tau, with_soft_max=True)
+    assert loss.isfinite() and not soft_max.isnan().any()
+    assert streamed_info_nce(*VECTORS, tau).isfinite()
+    if wants_gradient:
+        for grad in torch.autograd.grad(loss, (pos, neg)):
+            assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("tau", [0, -1.0, 1e-31, 1e-45, math.inf, math.nan, None, "0.1", True])
+def test_any_other_temperature_is_refused(tau):
+    for f in (
+        lambda: info_nce(POS, NEG, tau),
+        lambda: streamed_info_nce(*VECTORS, tau),
+        lambda: positive_logit(POS, tau),
+        lambda: moco(tau=tau),
+    ):
+        with pytest.raises(InputError, match="^tau is "):
+            f()
+    if tau is not None:
+        with pytest.raises(InputError, match="^tau_pos is "):
+            info_nce(POS, NEG, 0.1, tau)
+        with pytest.raises(InputError, match="^tau_pos is "):
+            moco(tau_pos=tau)
+
+
+def test_masked_negatives_are_left_out_in_every_form():
+    pos = POS.double()
+    neg = NEG.double()
+    kept = torch.tensor([True, False, True, True, False, True])
+    masked = neg.masked_fill(~kept, -math.inf)
+    want = info_nce(pos, neg[:, kept], 0.1, with_soft_max=True)
+    for x in (masked, masked.clone().requires_grad_()):
+        for got, wanted in zip(info_nce(pos, x, 0.1, with_soft_max=True), want):
+            torch.testing.assert_close(got, wanted)
+    nothing = torch.full((B, K), -math.inf)
+    for x in (nothing, nothing.clone().requires_grad_(), nothing.half()):
+        loss, soft_max = info_nce(POS.to(x.dtype), x, 0.1, with_soft_max=True)
+        assert loss == 0 and (soft_max == -math.inf).all()
+
+
+def test_a_factor_for_each_pair_is_not_taken_for_one_of_each_dimension():
+    q, k = unit(D, D), unit(D, D).flip(0)  # as many pairs as dimensions
+    lam = 1 + torch.rand(D, generator=generator())
+    with pytest.raises(InputError, match=r"lam holds torch.float32 in the shape \(8,\)"):
+        extrapolate(q, k, lam)
+    q_hat, k_hat = extrapolate(q, k, lam[:, None])
+    S = (q * k).sum(1)
+    torch.testing.assert_close((q_hat * k_hat).sum(1), S + 2 * lam * (1 - lam) * (1 - S))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("level", LEVELS)
+def test_vectors_keep_their_type(dtype, level):
+    given = [x.to(dtype) for x in VECTORS]
+    for renormalize in (False, True):
+        transform = shared("posneg", level=level, renormalize=renormalize)
+        made = transform(*given)
+        assert [x.dtype for x in made] == [dtype] * 3
+        plain = shared("posneg", level=level, renormalize=renormalize)(*VECTORS)
+        for x, want in zip(made, plain):
+            torch.testing.assert_close(x.float(), want, atol=3e-2, rtol=3e-2)
+        assert all(value.isfinite() for value in transform.drawn.values())
+    wide = extrapolate(*given[:2], torch.full((B, 1), 1.5, dtype=torch.float64))
+    assert wide[0].dtype == dtype  # whatever the type of l
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_empty_batches_and_queues_draw_nothing(level):
+    q, k, keys = VECTORS
+    transform = shared("posneg", level=level)
+    state = transform.generator.get_state()
+    made = transform(q[:0], k[:0], keys[:0])
+    assert [tuple(x.shape) for x in made] == [(0, D)] * 3 and transform.drawn == {}
+    assert torch.equal(transform.generator.get_state(), state)
+
+
+def test_an_order_must_hold_every_key_once():
+    for perm in (
+        torch.zeros(K, dtype=torch.int64),
+        torch.arange(K) + 1,
+        torch.arange(K) - K,
+        torch.arange(K).int(),
+        torch.arange(K).float(),
+    ):
+        with pytest.raises(InputError, match="perm must hold each of 0 to 5 once"):
+            interpolate(VECTORS[2], 0.5, perm)
+
+
+def test_a_generator_of_another_device_is_one_sentence():
+    with pytest.raises(InputError, match="the generator is on cpu, but must be on cuda"):
+        sample_beta(2.0, (3,), generator(), "cuda")
+    for wrong in (0, "cpu", np.random.default_rng(0), torch.tensor(1)):
+        for f in (
+            lambda: sample_beta(2.0, (3,), wrong),
+            lambda: FeatureTransform(generator=wrong),
+            lambda: Queue(5, D, wrong),
+        ):
+            with pytest.raises(
+                InputError, match="generator is .* must be a torch.Generator or None"
+            ):
+                f()
+
+
+def test_what_no_memory_holds_is_refused_before_it_is_tried():
+    for f in (
+        lambda: Queue(2**60, 8),
+        lambda: Queue(8, 2**60),
+        lambda: Queue(2**62, 2**62),
+        lambda: Encoder("small", dim=2**62),
+        lambda: Encoder("small", "linear", dim=2**40),
+        lambda: projection("mlp", 2**40, 8),
+        lambda: sample_beta(2.0, (2**31, 2**31)),
+        lambda: SplitBN(2**50),
+        lambda: small_resnet((2**40,)),
+        lambda: build_method(RUN | dict(queue_size=2**60), shared("none")),
+        lambda: build_method(RUN | dict(dim=2**62), shared("none")),
+    ):
+        with pytest.raises(InputError, match="needs .* GB, but cpu has .* GB: take less"):
+            f()
+    check_memory("a little", 1000, "cpu")
+    for wrong in (2**63, 10**40, 2.0, None, True):
+        with pytest.raises(InputError, match="K, the number of keys, is "):
+            Queue(wrong, 8)
+
+
+def test_a_queue_made_while_nothing_is_learnt_can_learn_later():
+    with torch.inference_mode():
+        queue = Queue(5, D)
+        transform = shared("posneg", alpha=3.14)
+        transform(*VECTORS)  # makes its table
+    queue.enqueue(VECTORS[0])
+    assert torch.equal(queue.keys[:B], VECTORS[0])
+    q = VECTORS[0].clone().requires_grad_()
+    info_nce(*scores(*transform(q, VECTORS[1], queue.keys)), 0.1).backward()
+    assert q.grad.isfinite().all()
+
+
+def test_a_queue_takes_its_own_keys():
+    queue = Queue(5, D, generator())
+    before = queue.keys.clone()
+    queue.enqueue(queue.keys[1:4])
+    assert torch.equal(queue.keys[:3], before[1:4]) and torch.equal(queue.keys[3:], before[3:])
+
+
+def test_a_transformation_that_gives_something_else_is_named():
+    gifts = dict(pair=[None, 3, VECTORS[0], (VECTORS[0],), (VECTORS[0][:1], VECTORS[1])])
+    gifts["negatives"] = [None, VECTORS[2][:, 1:], VECTORS[2].double(), (VECTORS[2],)]
+    try:
+        for place, wrong in gifts.items():
+            for appends in (False, True):
+
+                class Bad(Transform, name="bad"):
+                    acts_on = place
+
+                    def forward(self, q, k, keys):
+                        return Bad.gift
+
+                Bad.appends = appends
+                for gift in wrong:
+                    Bad.gift = gift
+                    attempt(lambda: FeatureTransform("bad")(*VECTORS), ())
+                    with pytest.raises(InputError):
+                        FeatureTransform("bad")(*VECTORS)
+                del TRANSFORMS["bad"]
+    finally:
+        TRANSFORMS.pop("bad", None)
+
+
+def test_training_on_what_batch_normalisation_cannot_take():
+    encoder = Encoder("resnet18", dim=8, stem="imagenet")
+    with pytest.raises(
+        InputError, match="cannot take images of shape .1, 3, 32, 32.: Expected more"
+    ):
+        encoder(views(1, 32))  # one number of each channel
+    with pytest.raises(InputError, match="must hold two numbers of each channel"):
+        Encoder("small", dim=8, bn_splits=4)(views(4, 8))
+    assert encoder.eval()(views(1, 32)).shape == (1, 8)
+    assert encoder(views(4, 32)[:0]).shape == (0, 8)
+
+
+def test_gradients_flow_where_they_should():
+    method = moco(transform=shared("posneg"))
+    v = views().requires_grad_()
+    out = method(v, views())
+    out.loss.backward()
+    assert v.grad.abs().sum() > 0
+    assert all(p.grad is not None for p in method.encoder.parameters())
+    assert all(p.grad is None for p in method.key_encoder.parameters())
+    assert not method.queue.keys.requires_grad and not out.kept["keys"].requires_grad
+    method.update(out)
+    with torch.no_grad():
+        assert not method(views(), views()).loss.requires_grad
+
+
+def test_parts_of_a_method_must_be_of_their_kind():
+    for wrong, message in (
+        (dict(encoder=3), "encoder is 3, but must be a Module"),
+        (dict(queue=torch.ones(K, D)), "queue is tensor.*but must be a Queue"),
+        (dict(transform="posneg"), "transform is 'posneg', but must be a FeatureTransform"),
+        (dict(symmetric=1), "symmetric is 1, but must be a bool"),
+        (dict(momentum=True), "momentum is True, but must be a number from 0 to 1"),
+        (dict(momentum=math.nan), "momentum is nan, but must be a number from 0 to 1"),
+    ):
+        with pytest.raises(InputError, match="(?s)" + message):
+            moco(**wrong)
+    with pytest.raises(InputError, match="encoder is None, but must be a Module"):
+        Method(None, shared("none"))
+    with pytest.raises(InputError, match="v1 is a ndarray, but must be a tensor of shape"):
+        moco()(views().numpy(), views())
+    with pytest.raises(
+        InputError, match="v2 has the shape .2, 3, 16, 16., but must be .B, C, H, W."
+    ):
+        moco()(views(), views(2))
+
+
+def test_processes_leave_no_batch_uneven():
+    method = moco()
+    method.distribute(Processes(0, 3, lambda x: x))
+    with pytest.raises(InputError, match="the batch of 4 must be a multiple of its 3 parts"):
+        method.encode_keys(views())
