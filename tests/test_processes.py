@@ -1,4 +1,4 @@
-"""Two processes that share every batch do what one does
+"""Two processes that share every batch do what one does, and stop together
 
 Everything is computed in float64. There the order of a sum changes the sixteenth digit, and the few
 steps of a run amplify that to the twelfth at most. In float32 they can amplify it to the third, as
@@ -80,3 +80,48 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(tmp_path):
     run = launch(tmp_path, **RUN | dict(bn_splits=1), out=str(tmp_path / "out"))
     assert run.returncode != 0
     assert "bn_splits is 1, but must be a multiple of the 2 processes." in run.stderr
+
+
+SIGNALLED = """
+import os, signal, torch
+torch.set_default_dtype(torch.float64)
+from ftcl import train
+def tell(name, when):
+    real = getattr(train, name)
+    def telling(s, *more):
+        done = real(s, *more)
+        if int(os.environ["RANK"]) == {rank} and when(s):
+            os.kill(os.getpid(), signal.{stop})
+        return done
+    setattr(train, name, telling)
+tell({name!r}, lambda s: s.step == {step})
+train.pretrain(**{parameters!r})
+"""
+
+
+@pytest.mark.parametrize(
+    "rank, stop, name, step",
+    [
+        (1, "SIGTERM", "train_step", 5),  # one step before the last
+        (0, "SIGINT", "train_step", 6),  # the last
+        (1, "SIGTERM", "end_epoch", 6),  # after the last
+        (1, "SIGTERM", "train_to_end", 6),  # while the other writes the record
+    ],
+)
+def test_a_signal_to_one_of_two_leaves_a_checkpoint_or_a_record(tmp_path, rank, stop, name, step):
+    p = RUN | dict(out=str(tmp_path), name="run", resume=True)
+    script = tmp_path / "run.py"
+    script.write_text(SIGNALLED.format(rank=rank, stop=stop, name=name, step=step, parameters=p))
+    run = subprocess.run([*LAUNCH, str(script)], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode != 0 and (tmp_path / "run.safetensors").exists(), run.stderr
+    if name != "train_to_end":
+        told = "KeyboardInterrupt: stopped after step 6; resume=True goes on from"
+        assert run.stderr.count(told) == 2, run.stderr  # both say so
+        assert not (tmp_path / "run.json").exists()
+    assert read_checkpoint(tmp_path / "run.safetensors")[1]["step"] == 6
+    if stop == "SIGTERM" and name == "train_step":
+        return  # going on is tried with the others
+    run = launch(tmp_path, **p)
+    assert run.returncode == 0, run.stderr
+    assert read_record(tmp_path / "run.json")["steps"] == 6
+    assert len(pd.read_parquet(tmp_path / "run.parquet")) == 6
