@@ -13,7 +13,7 @@ export MALLOC_MMAP_THRESHOLD_ := 1073741824
 SHELL        := /bin/bash
 .SHELLFLAGS  := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env ablation figures test clean readme lab
+.PHONY: help env ablation figures test faults clean readme lab
 
 help: ## list these commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -39,6 +39,11 @@ figures: $(READY) ## redraw every figure whose records or notebook changed
 test: $(READY) ## every notebook, then tests/
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
 	$(BIN)/python -m pytest
+
+faults: $(READY) ## 5,000 mutated inputs and 100 kills, counted in results/reliability
+	mkdir -p runs
+	$(BIN)/papermill --no-progress-bar nbs/reliability.ipynb runs/reliability.ipynb \
+		-p inputs 5000 -p kills 100 -p out results/reliability
 
 clean: $(READY) ## strip the notebooks and export them to ftcl/; leaves a committed tree as it is
 	$(BIN)/nbdev_clean
