@@ -8,15 +8,17 @@ __all__ = ['STEMS', 'SIDE_EXITS', 'ENCODERS', 'PROBES', 'SLOW_COPIES', 'CLASSIFI
            'call_backbone', 'feature_width', 'backbone', 'projection', 'SplitBN', 'split_bn', 'check_splits',
            'batch_parts', 'load_weights', 'Encoder', 'ema_update', 'momentum_value']
 
-# %% ../nbs/07_encoder.ipynb #fdcdaf8f
+# %% ../nbs/07_encoder.ipynb #b1a652a1
 import math
 import os
+import warnings
 from collections import Counter
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from numbers import Real
 from pathlib import Path
+from pickle import UnpicklingError
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -421,7 +423,7 @@ def batch_parts(
     _check_module("net", net)
     return math.lcm(*(layer.splits for layer in net.modules() if isinstance(layer, SplitBN)))
 
-# %% ../nbs/07_encoder.ipynb #8f588078
+# %% ../nbs/07_encoder.ipynb #ef199ef6
 def _read_tensors(
     path: str,  # A file
 ) -> dict[str, Tensor]:
@@ -432,10 +434,14 @@ def _read_tensors(
         if str(path).endswith(".safetensors"):
             content = safetensors.torch.load(Path(path).read_bytes())
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
+        objects = isinstance(e, UnpicklingError)
+        why = "it holds objects, not tensors alone, or is damaged" if objects else _reason(e)
         raise InputError(
-            f"the weights {path} cannot be read ({_reason(e)}): "
+            f"the weights {path} cannot be read ({why}): "
             "save a state dict, by safetensors or torch.save."
         ) from None
     return _one_state(content, path)
@@ -444,7 +450,11 @@ def _tensors_of(content):
     "The tensors of a state dict; none of anything else"
     if not isinstance(content, dict):
         return {}
-    return {n: o for n, o in content.items() if isinstance(n, str) and isinstance(o, Tensor)}
+    found = {}
+    for name, value in content.items():
+        if isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided:
+            found[name] = value
+    return found
 
 def _one_state(content, path):
     "The state dict in what a file holds: itself, or the one that is kept under a name"

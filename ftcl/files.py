@@ -6,7 +6,8 @@
 __all__ = ['HUB', 'FORMATS', 'ENDINGS', 'TURNS', 'SPLITS', 'Listing', 'written', 'find_source', 'encoded_bytes', 'decode_image',
            'image_size', 'split_names', 'list_images']
 
-# %% ../nbs/00b_files.ipynb #949c3084
+# %% ../nbs/00b_files.ipynb #ab4f017e
+import ctypes
 import hashlib
 import io
 import json
@@ -16,7 +17,7 @@ import warnings
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -148,6 +149,16 @@ def encoded_bytes(
     if not data:
         raise InputError(f"{what} ({_where(item)}) is empty: mend or remove it.")
     return data
+
+# %% ../nbs/00b_files.ipynb #c0b049e7
+def _quiet_tiff():
+    "No lines of libtiff's own on the terminal"
+    with suppress(OSError, AttributeError):  # not every pillow shows libtiff's names
+        library = ctypes.CDLL(Image.core.__file__)
+        library.TIFFSetErrorHandler(None)
+        library.TIFFSetWarningHandler(None)
+
+_quiet_tiff()
 
 # %% ../nbs/00b_files.ipynb #cfaa7133
 @contextmanager
