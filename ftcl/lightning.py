@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['ScoreCallback']
 
-# %% ../nbs/16_lightning.ipynb #57e3008f
+# %% ../nbs/16_lightning.ipynb #9c2db791
 import warnings
-from pathlib import Path
+from contextlib import ExitStack
+import torch
 from torch import Tensor
-from .core import InputError, alone, shown, whole
+from .core import InputError, alone, locked, nearest, whole
 from .record import writable
-from .scores import ScoreRecorder
+from .scores import ScoreRecorder, read_scores, scores_path
 from .visualize import LiveScores
 try:
     from lightning.pytorch import Callback
@@ -22,7 +23,7 @@ except ImportError:
         problem = "ftcl.lightning needs Lightning: install pytorch-lightning, or lightning."
         raise ImportError(problem) from None
 
-# %% ../nbs/16_lightning.ipynb #23bdee6e
+# %% ../nbs/16_lightning.ipynb #8e092857
 _NEEDED = ("loss", "pos", "neg")
 _OPTIONAL = ("before", "soft_max", "features")
 
@@ -33,51 +34,83 @@ def _entries(
     if all(isinstance(outputs.get(name), Tensor) for name in _NEEDED):
         needed = {name: outputs[name] for name in _NEEDED}
         optional = {name: outputs[name] for name in _OPTIONAL if name in outputs}
+        if needed["loss"].numel() != 1:
+            shape = tuple(needed["loss"].shape)
+            raise InputError(f"loss has the shape {shape}, but must be one number.")
         return needed, optional
     found = []
+    hint = ""
     for name, value in outputs.items():
         wrong = name in _NEEDED and not isinstance(value, Tensor)
-        found.append(f"{name} (a {type(value).__name__})" if wrong else name)
+        found.append(f"{name} (a {type(value).__name__})" if wrong else str(name))
+        missing = [known for known in _NEEDED if known not in outputs]
+        hint = hint or ("" if name in (*_NEEDED, *_OPTIONAL) else nearest(name, missing))
     raise InputError(
         f"training_step returned {', '.join(found) or 'nothing'}, but must return a dict with the "
-        f"tensors loss, pos (B,) and neg (B, K), and may add {', '.join(_OPTIONAL)}."
+        f"tensors loss, pos (B,) and neg (B, K), and may add {', '.join(_OPTIONAL)}.{hint}"
     )
 
-# %% ../nbs/16_lightning.ipynb #7a3a6e49
+# %% ../nbs/16_lightning.ipynb #18de8aee
 class ScoreCallback(Callback):
     "Records the scores that `training_step` returns, draws them meanwhile, writes one Parquet file"
     def __init__(self,
-        path: str,  # A `.parquet` file
+        path: str,  # A `.parquet` file; `~` stands for the home folder
         every: int = 1,  # Record every n-th batch, from the first on
         tau: float | None = None,  # As `info_nce` gets it; None: no `SOFTMAX_COLUMNS`
         tau_pos: float | None = None,  # As `info_nce` gets it
         live: bool = True,  # Curves that grow in place where somebody has the notebook open
     ):
-        self.path = Path(path)
-        if self.path.suffix != ".parquet":
-            raise InputError(f"path is {shown(str(path))}, but must end in .parquet.")
+        self.path = scores_path(path)
         self.every = whole("every", every, 1)
         self.live = live
         self.step = 0  # batches so far
         self.curves = None
         self.recorder = ScoreRecorder(tau=tau, tau_pos=tau_pos)
+        self.resumed = False  # whether the rows are those of a checkpoint that was just read
+        self.dry = False  # whether they are those of `fast_dev_run`
+        self.held = None  # the lock, while a run is recorded
 
-    def _problem(self):
-        "Why the file cannot be written, or nothing; its folder is made if missing"
+    def _try_path(self):
+        "Raise `InputError` if the file cannot be written; its folder is made if missing"
+        writable(str(self.path.parent), self.path.stem)
+        scores_path(self.path)
+
+    def _take_path(self):
+        "Hold the file's lock; raises `InputError` if the file is another run's"
+        with ExitStack() as stack:
+            stack.enter_context(locked(self.path.with_suffix("")))
+            if self.path.exists() and not self.dry:
+                old = read_scores(self.path, ["step"])
+                new = self.recorder.frame()
+                rows = min(len(old), len(new))
+                if not (rows and old[:rows].equals(new[:rows])):
+                    problem = "holds the record of another run: give another path, or remove it."
+                    raise InputError(f"{self.path} {problem}")
+            self.held = stack.pop_all()
+
+    def _on_first(self, trainer, action):
+        "Let the first process act; an `InputError` is raised in all"
+        problem = ""
         try:
-            writable(str(self.path.parent), self.path.stem)
+            if trainer.is_global_zero:
+                action()
         except InputError as e:
-            return str(e)
-        return ""
+            problem = str(e)
+        problem = trainer.strategy.broadcast(problem)
+        if problem:
+            raise InputError(problem)
+
+    def _release(self):
+        "Let others write the file"
+        if self.held is not None:
+            self.held.close()
+        self.held = None
 
     def setup(self, trainer, pl_module, stage):
         "Refuse a path that cannot be written; prepare for several processes"
         if stage != "fit":
             return
-        problem = self._problem() if trainer.is_global_zero else ""
-        problem = trainer.strategy.broadcast(problem)
-        if problem:
-            raise InputError(problem)
+        self._on_first(trainer, self._try_path)
 
         def gather(x):
             return trainer.strategy.all_gather(x).flatten(0, 1)  # (processes x n, ...)
@@ -85,8 +118,20 @@ class ScoreCallback(Callback):
         self.recorder.gather = gather if trainer.world_size > 1 else alone
 
     def on_train_start(self, trainer, pl_module):
-        "Earlier rows join the new ones on the device"
-        self.recorder.rows = list(self.recorder.table().to(pl_module.device))
+        "Refuse another run's rows and file; rows of a checkpoint join the new ones on the device"
+        if self.dry and not self.resumed:
+            self._restore(0, [], torch.zeros(0, 0, dtype=torch.float64))
+        if self.recorder.rows and not self.resumed:
+            raise InputError(
+                "this ScoreCallback holds the record of an earlier fit: "
+                "make a new one with another path, or go on from a checkpoint (ckpt_path)."
+            )
+        if not self.resumed:
+            self.step = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        self.resumed = False
+        self.dry = bool(trainer.fast_dev_run)
+        self._on_first(trainer, self._take_path)
+        self._restore(self.step, self.recorder.columns, self.recorder.table(), pl_module.device)
         if self.live and trainer.is_global_zero:
             self.curves = LiveScores(self.recorder, self.path.stem)
 
@@ -109,20 +154,24 @@ class ScoreCallback(Callback):
 
     def on_train_end(self, trainer, pl_module):
         "Write the file, and draw all of it"
-        if trainer.is_global_zero:
-            self.recorder.save(self.path)
+        try:
+            if trainer.is_global_zero and not self.dry:
+                self.recorder.save(self.path)
+        finally:
+            self._release()
         if self.curves:
             self.curves.due = 0.  # now
             self.curves.update()
 
     def on_exception(self, trainer, pl_module, exception):
-        "Write what there is"
-        if not trainer.is_global_zero or not self.recorder.rows:
-            return
+        "Write what there is, if it was this run's to write"
         try:
-            self.recorder.save(self.path)
+            if self.held is not None and self.recorder.rows and not self.dry:
+                self.recorder.save(self.path)
         except Exception as e:  # the mistake that came first is the one to tell
             warnings.warn(f"the record of the scores is lost: {e}")
+        finally:
+            self._release()
 
     def state_dict(self):
         "What a checkpoint keeps"
@@ -130,7 +179,14 @@ class ScoreCallback(Callback):
         return dict(step=self.step, columns=columns, table=self.recorder.table())
 
     def load_state_dict(self, state):
-        "Go on with the record of a checkpoint"
-        self.step = state["step"]
-        self.recorder.columns = state["columns"]
-        self.recorder.rows = list(state["table"])
+        "Go on with the record of a checkpoint; raises `InputError` if there is none in it"
+        try:
+            self._restore(whole("step", state["step"], 0), state["columns"], state["table"].cpu())
+        except (KeyError, TypeError, AttributeError, InputError):
+            raise InputError("the checkpoint holds no record of scores to go on with.") from None
+        self.resumed = True
+
+    def _restore(self, step, columns, table, device="cpu"):
+        "Take over a record"
+        self.recorder.restore(columns, table, device)
+        self.step = step

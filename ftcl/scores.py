@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['QUANTILES', 'SCORE_COLUMNS', 'SOFTMAX_COLUMNS', 'FEATURE_COLUMNS', 'LIMIT', 'BINS', 'RESERVED', 'quantile_columns',
-           'bin_counts', 'histogram_quantiles', 'score_statistics', 'softmax_statistics', 'feature_statistics',
-           'ScoreRecorder', 'require_columns', 'read_scores']
+           'bin_counts', 'histogram_quantiles', 'check_numbers', 'score_statistics', 'softmax_statistics',
+           'feature_statistics', 'scores_path', 'ScoreRecorder', 'require_columns', 'read_scores']
 
-# %% ../nbs/05_scores.ipynb #8f3c437d
+# %% ../nbs/05_scores.ipynb #62af92ee
 import math
 from collections.abc import Callable
 from numbers import Integral, Real
@@ -16,8 +16,9 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from .core import InputError, alone, check_shapes, constant, nearest, positive, replacing
-from .core import row_blocks, shown
+import pyarrow.parquet as pq
+from .core import InputError, alone, as_path, check_shapes, constant, nearest, positive
+from .core import replacing, row_blocks, shown
 from .loss import positive_logit
 
 # %% ../nbs/05_scores.ipynb #04d75325
@@ -60,9 +61,16 @@ FEATURE_COLUMNS = {  # Recorded where the vectors are given
         "log of the mean of exp(-2 |q - q'|²) over pairs of different queries", "nats"),
 }
 
-# %% ../nbs/05_scores.ipynb #d9243d75
+# %% ../nbs/05_scores.ipynb #7bf245f8
 LIMIT = 4.25  # Scores lie in -LIMIT .. LIMIT: unit vectors, l_ex in [1, 2], any level
 BINS = 2176  # of the histogram
+
+def _check_limit(limit):
+    "`limit`, if a histogram of float32 scores can reach so far; raises `InputError` otherwise"
+    limit = float(positive("limit", limit))
+    if not 1e-30 <= limit <= 1e30:
+        raise InputError(f"limit is {limit}, but must lie between 1e-30 and 1e30.")
+    return limit
 
 # %% ../nbs/05_scores.ipynb #4b0c9620
 def bin_counts(
@@ -137,13 +145,27 @@ def _block_sums(
     counts[0] -= masked  # minus infinity lies below the range
     return mean.sum(), square, harder, counts
 
-# %% ../nbs/05_scores.ipynb #08980c8e
-def _check_scores(pos, neg):
-    "Raise `InputError` unless there are scores, of shapes that fit"
-    check_shapes(pos=(pos, "B"), neg=(neg, "BK"))
-    if not neg.numel():
-        raise InputError(f"neg has the shape {tuple(neg.shape)}, but must hold at least one score.")
+# %% ../nbs/05_scores.ipynb #245da96c
+def check_numbers(
+    **named: tuple,  # name=(tensor, axes), as in `check_shapes`
+):
+    "Raise `InputError` for a tensor that is empty, no real numbers, or does not fit the others"
+    for name, (x, _) in named.items():
+        plain = not isinstance(x, Tensor) or (x.layout == torch.strided and not x.is_nested)
+        if not plain or (isinstance(x, Tensor) and not x.is_floating_point()):
+            held = x.dtype if plain else "sparse or nested parts"
+            raise InputError(f"{name} holds {held}, but must hold floating-point numbers.")
+    check_shapes(**named)
+    device = None
+    for name, (x, _) in named.items():
+        if not x.numel():
+            shape = tuple(x.shape)
+            raise InputError(f"{name} has the shape {shape}, but must hold at least one number.")
+        device = device or x.device
+        if x.device != device:
+            raise InputError(f"{name} is on {x.device}, but must be on {device} like the others.")
 
+# %% ../nbs/05_scores.ipynb #4ea574a5
 def score_statistics(
     pos: Tensor,  # (B,)
     neg: Tensor,  # (B, K); minus infinity: masked, left out of every statistic
@@ -151,23 +173,26 @@ def score_statistics(
     gather: Callable = alone,  # Joins a tensor of every process along its first axis
     with_count: bool = False,  # Return also the number of negatives that are not masked
 ) -> dict | tuple[dict, Tensor]:  # Column -> scalar, NaN if all are masked; or that and the number
-    "`SCORE_COLUMNS` of a step's scores, as tensors on their device; `InputError` for other shapes"
-    _check_scores(pos, neg)
+    "`SCORE_COLUMNS` of a step's scores, as tensors on their device; `InputError` for other inputs"
+    check_numbers(pos=(pos, "B"), neg=(neg, "BK"))
+    limit = _check_limit(limit)
     pos = pos.detach().float()  # (B,)
     blocks = row_blocks(neg.detach(), pos[:, None])
-    sums = zip(*(_block_sums(s.float(), p, limit) for s, p in blocks))
+    sums = zip(*(_block_sums(s.float().contiguous(), p, limit) for s, p in blocks))
     mean, square, harder, counts = (gather(sum(o)[None]).sum(0) for o in sums)
-    pos = gather(pos).sort().values  # (B,), of all processes
+    pos = gather(pos).sort().values  # (B,), of all processes; one that is NaN comes last
+    pos = pos.where(~pos[-1].isnan(), math.nan)
     of_pos = [pos[math.ceil(p * len(pos)) - 1] for p in QUANTILES]
     n = len(pos) * neg.shape[1]
     count = counts.sum()
     more = constant(float(n), pos.device) / count  # exactly 1 where nothing is masked
     moments = pos.mean(), pos.var(correction=0), mean / len(pos) * more, square / n * more
-    quantiles = [*of_pos, *histogram_quantiles(counts, -limit, limit)]
-    row = dict(zip(SCORE_COLUMNS, [*moments, *quantiles, harder / n * more]))
+    of_neg = histogram_quantiles(counts, -limit, limit).where(~mean.isnan(), math.nan)  # (5,)
+    harder = (harder / n * more).where(~(mean.isnan() | pos[-1].isnan()), math.nan)
+    row = dict(zip(SCORE_COLUMNS, [*moments, *of_pos, *of_neg, harder]))
     return (row, count) if with_count else row
 
-# %% ../nbs/05_scores.ipynb #bdc6a32f
+# %% ../nbs/05_scores.ipynb #e2a96f6b
 def softmax_statistics(
     pos: Tensor,  # (B,)
     neg: Tensor,  # (B, K); minus infinity: masked
@@ -177,14 +202,15 @@ def softmax_statistics(
     gather: Callable = alone,  # As in `score_statistics`
     count: Tensor | None = None,  # Negatives that are not masked, as `score_statistics` counted
 ) -> dict:  # Column -> scalar tensor, float64
-    "`SOFTMAX_COLUMNS` of a step's scores; raises `InputError` for other shapes"
-    _check_scores(pos, neg)
+    "`SOFTMAX_COLUMNS` of a step's scores; raises `InputError` for other inputs"
+    check_numbers(pos=(pos, "B"), neg=(neg, "BK"))
     tau = float(positive("tau", tau))
     if soft_max is None:
-        soft_max = torch.cat([(s / tau).logsumexp(1) for s, in row_blocks(neg.detach().float())])
-    check_shapes(pos=(pos, "B"), soft_max=(soft_max, "B"))
+        rows = row_blocks(neg.detach())
+        soft_max = torch.cat([(s.float() / tau).logsumexp(1) for s, in rows])  # (B,)
+    check_numbers(pos=(pos, "B"), soft_max=(soft_max, "B"))
     if count is None:
-        own = sum((s != -math.inf).sum() for s, in row_blocks(neg.detach()))
+        own = sum((s.float() != -math.inf).sum() for s, in row_blocks(neg.detach()))
         count = gather(own[None]).sum()
     pos = gather(pos.detach().double())  # (B,), of all processes
     m = gather(soft_max.detach().double())  # (B,), of all processes
@@ -193,14 +219,14 @@ def softmax_statistics(
     of_neg = m.exp().mean() / neg.shape[1] * (n / count)  # n / count: 1 where nothing is masked
     return dict(zip(SOFTMAX_COLUMNS, [(pos / tau).exp().mean(), of_neg, weight.mean()]))
 
-# %% ../nbs/05_scores.ipynb #f92662e3
+# %% ../nbs/05_scores.ipynb #754a6d25
 def feature_statistics(
     q: Tensor,  # (B, D) unit vectors: queries before any transformation
     k: Tensor,  # (B, D) their keys
     gather: Callable = alone,  # As in `score_statistics`
 ) -> dict:  # Column -> scalar tensor
-    "`FEATURE_COLUMNS` of a step's vectors; raises `InputError` for other shapes"
-    check_shapes(q=(q, "BD"), k=(k, "BD"))
+    "`FEATURE_COLUMNS` of a step's vectors; raises `InputError` for other inputs"
+    check_numbers(q=(q, "BD"), k=(k, "BD"))
     q = gather(q.detach().float())  # (B, D), of all processes
     k = gather(k.detach().float())  # (B, D), of all processes
     dots = q @ q.T  # (B, B)
@@ -212,10 +238,12 @@ def feature_statistics(
     spread = q.std(0, correction=0).mean()
     return dict(zip(FEATURE_COLUMNS, [spread, rank, alignment, uniformity]))
 
-# %% ../nbs/05_scores.ipynb #058d2c65
+# %% ../nbs/05_scores.ipynb #b8d811d7
 def _scalar(name, value, device):
     "`value` as a float64 scalar on `device`, without waiting for it"
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        if value.device.type == "meta" != torch.device(device).type:
+            raise InputError(f"{name} is on meta, where a tensor has no value.")
         return value.detach().to(device, torch.float64).reshape(())  # ()
     if isinstance(value, Real):
         try:
@@ -224,24 +252,51 @@ def _scalar(name, value, device):
             raise InputError(f"{name} is {shown(value)}, which no float64 can hold.") from None
     raise InputError(f"{name} is {shown(value)}, but must be one number.")
 
-# %% ../nbs/05_scores.ipynb #9f2fe6ce
-def _check_step(step):
-    "Raise `InputError` unless `step` is a whole number that a float64 holds exactly"
+# %% ../nbs/05_scores.ipynb #000ea913
+def _check_step(step, last):
+    "Raise `InputError` unless `step` is a whole number above `last` that a float64 holds exactly"
     whole = isinstance(step, Integral) and not isinstance(step, bool)
     if not (whole and 0 <= step <= 2**53):
         wanted = "a whole number from 0 to 2**53"
         raise InputError(f"step is {shown(step)}, but must be {wanted}.")
+    if step <= last:
+        raise InputError(f"step is {step} after step {last}: count the steps through all epochs.")
 
-def _check_pair(name, value):
-    "Raise `InputError` unless `value` is a pair of tensors, or nothing"
-    pair = isinstance(value, tuple | list) and len(value) == 2
-    if value is not None and not (pair and all(isinstance(o, Tensor) for o in value)):
-        raise InputError(f"{name} must be a pair of tensors, or None.")
+def _check_given(pos, neg, before, soft_max, features):
+    "Raise `InputError` unless all that is given of a step fits together"
+    given = dict(pos=(pos, "B"), neg=(neg, "BK"))
+    for name, pair, axes in (("before", before, ("B", "BJ")), ("features", features, ("BD", "BD"))):
+        if pair is None:
+            continue
+        if not (isinstance(pair, tuple | list) and len(pair) == 2):
+            raise InputError(f"{name} must be a pair of tensors, or None.")
+        for i in range(2):
+            given[f"{name}[{i}]"] = (pair[i], axes[i])
+    if soft_max is not None:
+        given["soft_max"] = (soft_max, "B")
+    check_numbers(**given)
 
-# %% ../nbs/05_scores.ipynb #75421db3
+# %% ../nbs/05_scores.ipynb #9f09211f
 RESERVED = ("run", "seed", "window")  # Columns that joined records get
 
-# %% ../nbs/05_scores.ipynb #c4f8cbde
+def scores_path(
+    path: str,  # A `.parquet` file; `~` stands for the home folder
+) -> Path:
+    "Where a record goes; raises `InputError` for another ending, and for a file that is no record"
+    path = as_path("path", path)
+    if path.suffix != ".parquet":
+        raise InputError(f"path is {shown(str(path))}, but must end in .parquet.")
+    try:
+        if path.is_file() and path.stat().st_size and "step" not in pq.read_schema(path).names:
+            raise ValueError
+    except OSError:  # it cannot be looked at, so neither can it be written
+        pass
+    except Exception:  # it has no schema
+        problem = "is no record of scores, so it stays: give another name, or remove it."
+        raise InputError(f"{path} {problem}") from None
+    return path
+
+# %% ../nbs/05_scores.ipynb #23fa169a
 class ScoreRecorder:
     "Statistics of the scores of every recorded step; the K scores themselves are never stored"
     def __init__(self,
@@ -250,12 +305,13 @@ class ScoreRecorder:
         tau: float | None = None,  # As `info_nce` gets it; None: no `SOFTMAX_COLUMNS`
         tau_pos: float | None = None,  # As `info_nce` gets it
     ):
-        self.limit = float(positive("limit", limit))
+        self.limit = _check_limit(limit)
         self.gather = gather
         self.tau = None if tau is None else float(positive("tau", tau))
         self.tau_pos = None if tau_pos is None else float(positive("tau_pos", tau_pos))
         self.columns = []  # names of what a row holds
         self.rows = []  # (columns,) float64 a step, on the device of the scores
+        self.last = -1  # the step of the last row
 
     def _of_scores(self, pos, neg, soft_max=None):
         "All columns that scores alone decide"
@@ -275,9 +331,8 @@ class ScoreRecorder:
         **more,  # Further numbers to keep beside them: loss, lr, ...
     ):
         "Add one step, whose values stay on the device; raises `InputError` for what does not fit"
-        _check_step(step)
-        _check_pair("before", before)
-        _check_pair("features", features)
+        _check_step(step, self.last)
+        _check_given(pos, neg, before, soft_max, features)
         row = self._of_scores(pos, neg, soft_max)
         if before is not None:
             same = before[0] is pos and before[1] is neg  # then nothing is measured twice
@@ -300,6 +355,7 @@ class ScoreRecorder:
             raise InputError(f"step {step} {problem}: record the same columns at every step.")
         self.rows.append(torch.stack([_scalar(c, row[c], device) for c in columns]))  # (columns,)
         self.columns = columns
+        self.last = int(step)
 
     def table(self) -> Tensor:  # (steps, columns) float64 on the CPU
         "All rows as one tensor"
@@ -312,55 +368,103 @@ class ScoreRecorder:
         frame = pd.DataFrame(self.table().numpy(), columns=self.columns)
         return frame.astype({"step": int}) if len(frame) else frame
 
+    def restore(self,
+        columns: list,  # Names of what a row holds, as `columns` was
+        table: Tensor,  # (steps, columns) float64 on the CPU, as `table` gave it
+        device: torch.device = "cpu",  # Of the scores to come
+    ):
+        "Go on with the rows of an earlier part of the run; raises `InputError` for what is none"
+        named = isinstance(columns, list | tuple) and all(isinstance(c, str) for c in columns)
+        fits = named and isinstance(table, Tensor) and table.dtype == torch.float64
+        fits = fits and table.device.type == "cpu" and table.ndim == 2
+        fits = fits and table.shape[1] == len(columns) and (not len(table) or "step" in columns)
+        if not fits:
+            raise InputError("the rows of the earlier part are no rows of a recorder.")
+        self.columns = list(columns)
+        self.rows = list(table.to(device))
+        self.last = int(table[-1, columns.index("step")]) if len(table) else -1
+
     def save(self,
-        path: str,  # A `.parquet` file, written under another name first
+        path: str,  # As in `scores_path`; written under another name first
     ):
         "Write one Parquet file whole, or nothing; raises `InputError` where it cannot"
+        path = scores_path(path)
         if not self.rows:
             problem = "nothing has been recorded, so there is nothing to save"
             raise InputError(f"{problem} to {path}.")
-        with replacing(Path(path)) as part:
-            self.frame().to_parquet(part, index=False)
+        with replacing(path) as part:
+            self.frame().to_parquet(part, index=False, write_page_checksum=True)
 
-# %% ../nbs/05_scores.ipynb #15d6f096
+# %% ../nbs/05_scores.ipynb #1ea0a03b
+def _check_record(frame, what):
+    "Raise `InputError` for what no recorder writes: text, a name twice, steps that do not grow"
+    twice = frame.columns[frame.columns.duplicated()]
+    if len(twice):
+        raise InputError(f"{what} has the column {shown(twice[0])} twice.")
+    for column in frame:
+        kind = frame[column].dtype
+        if not pd.api.types.is_numeric_dtype(kind) or pd.api.types.is_complex_dtype(kind):
+            problem = f"holds {kind} in the column {shown(column)}, but must hold numbers."
+            raise InputError(f"{what} {problem}")
+    steps = frame["step"].to_numpy(float, na_value=math.nan)  # (steps,)
+    whole = (steps >= 0) & (steps <= 2**53) & (steps == np.floor(steps))
+    if not whole.all():
+        odd = steps[~whole][0]
+        raise InputError(f"{what} has the step {odd:g}, but steps are whole numbers from 0.")
+    back = np.flatnonzero(np.diff(steps) <= 0)
+    if len(back):
+        before, after = steps[back[0]:back[0] + 2]
+        problem = f"has step {after:.0f} after step {before:.0f}"
+        raise InputError(f"{what} {problem}, but is to be one run in its order.")
+
 def require_columns(
     frame: pd.DataFrame,
-    columns: list,  # That must be there
+    columns: list,  # That must be there; with `step`, the frame must be the record of one run
     what: str,  # Names the frame in an error
 ) -> pd.DataFrame:  # The same frame
     "Check a record of scores; raises `InputError` if a column is missing or there is no row"
     if not isinstance(frame, pd.DataFrame):
         raise InputError(f"{what} is a {type(frame).__name__}, but must be a data frame.")
+    if frame.columns.nlevels > 1:
+        raise InputError(f"{what} has names of {frame.columns.nlevels} levels over its columns.")
+    columns = [columns] if isinstance(columns, str) else columns
+    if not (isinstance(columns, list | tuple | dict) and all(isinstance(c, str) for c in columns)):
+        raise InputError(f"columns is {shown(columns)}, but must be a list of names.")
     missing = [c for c in columns if c not in frame]
     if len(missing) == len(columns) > 1:
-        there = ", ".join(map(str, frame)) or "(none)"
+        there = shown(", ".join(map(str, frame)) or "(none)", 400).strip("'")
         raise InputError(f"{what} is no record of scores: its columns are {there}.")
     if missing:
         ours = SCORE_COLUMNS | SOFTMAX_COLUMNS | FEATURE_COLUMNS
-        known = missing[0].removeprefix("before_") in ours
+        known = str(missing[0]).removeprefix("before_") in ours
         hint = "" if known else nearest(missing[0], list(frame))
         raise InputError(f"{what} lacks the column {missing[0]}.{hint}")
     if frame.empty:
         raise InputError(f"{what} has columns but no row: no step was recorded.")
+    if "step" in columns:
+        _check_record(frame, what)
     return frame
 
-# %% ../nbs/05_scores.ipynb #9981d682
+# %% ../nbs/05_scores.ipynb #fc530cd7
 def read_scores(
     path: str,  # What `ScoreRecorder.save` wrote
     columns: list = ("step", "pos_mean", "neg_mean", "neg_var"),  # That must be there
 ) -> pd.DataFrame:
     "A saved record; raises `InputError` for a missing, damaged or foreign file, or missing column"
+    path = as_path("path", path)
     try:
-        with Path(path).open("rb") as file:
-            head = file.read(4)
+        file = path.open("rb")
     except OSError as e:
         raise InputError(f"the scores cannot be read from {path}: {e.strerror}.") from None
-    if head != b"PAR1":
-        what = "no Parquet file" if head else "an empty file"
-        raise InputError(f"{path} is {what}: give one that ScoreRecorder.save wrote.")
-    try:
-        frame = pd.read_parquet(path)
-    except Exception:
-        problem = "is cut short or damaged: copy it again, or make the record anew."
-        raise InputError(f"{path} {problem}") from None
+    with file:
+        head = file.read(4)
+        if head != b"PAR1":
+            what = "no Parquet file" if head else "an empty file"
+            raise InputError(f"{path} is {what}: give one that ScoreRecorder.save wrote.")
+        try:
+            # the file itself: names of folders, as seed=3, would become columns
+            frame = pd.read_parquet(file, page_checksum_verification=True)
+        except Exception:
+            problem = "is cut short or damaged: copy it again, or make the record anew."
+            raise InputError(f"{path} {problem}") from None
     return require_columns(frame, columns, path)

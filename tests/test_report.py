@@ -1,7 +1,9 @@
 "The report in a real browser: it opens from disk, draws, switches runs and logs no error"
 
+import json
 import shutil
 
+import nbformat
 import pytest
 from playwright.sync_api import sync_playwright
 
@@ -109,12 +111,77 @@ def test_no_text_becomes_a_link(page, tmp_path):
     assert page.locator("svg a").count() == 0
 
 
+STRANGE = [
+    "<script>document.title = window.hit = 1</script>",
+    "</script><script>window.hit = 1</script>",
+    "\"quoted\" 'twice' \\ `${window.hit = 1}` {{}} {0} %{y}",
+    "größe 日本語 \u202e אב 🙂",
+    "<img src=x onerror='window.hit = 1'>",
+    "a\nb\tc \x00",
+    "long " + "x" * 300,
+    "long " + "x" * 150 + "y" * 150,  # differs in the middle alone
+]
+
+
+@pytest.mark.parametrize("width", [800, 1200])
+def test_names_are_text_whatever_they_hold(page, tmp_path, width):
+    "In title, legend, menu, pointer, panel titles and table; nothing of them runs or overflows"
+    runs, metrics = read_runs(MOMENTUM, "none-momentum0.99-*")
+    (frames,) = runs.values()
+    columns = STRANGE[:4] + STRANGE[6:7]
+    names = dict(zip(["loss", "neg_mean", "neg_var", "lr", "harder"], columns))
+    strange = {label: [frame.rename(columns=names) for frame in frames] for label in STRANGE}
+    table = metrics.iloc[[0] * len(STRANGE)].set_axis(STRANGE).rename(columns={"seed": STRANGE[0]})
+    page.set_viewport_size(dict(width=width, height=900))
+    for title in STRANGE if width == 800 else STRANGE[:1]:
+        html_report(strange, tmp_path / "report.html", title, table, columns)
+        opened(page, tmp_path / "report.html")
+        assert page.evaluate("window.hit") is None
+        assert page.locator("h1").text_content().split() == title.replace("\0", "").split()
+    assert page.evaluate(OVERLAPS) == 0
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    legend = page.locator("#scores .legendtext").all_text_contents()
+    assert len(legend) == len(STRANGE) and max(map(len, legend)) <= 60
+    assert legend[0] == STRANGE[0] and legend[1] == STRANGE[1] and legend[2] == STRANGE[2]
+    page.locator("#scores .updatemenu-header").click()
+    buttons = page.locator("#scores .updatemenu-dropdown-button")
+    assert buttons.count() == 1 + len(STRANGE)
+    buttons.nth(8).click()  # the two long names are two runs
+    page.wait_for_function(f"({SHOWN})().length === {2 * len(columns)}")
+    cells = page.locator("tbody th").all_text_contents()
+    assert [cell.split() for cell in cells[:5]] == [label.split() for label in STRANGE[:5]]
+    assert cells[6] == STRANGE[6]  # whole
+    for tag in ("script[src]", "img", "svg a", "table a"):
+        assert page.locator(tag).count() == 0, tag
+    assert page.evaluate("window.hit") is None
+
+
 def test_the_notebook_makes_the_page(page, tmp_path):
     out = tmp_path / "page.html"
     names = "none-momentum0.99-*"
-    run = papermill("report", out, records=MOMENTUM, names=names, columns="loss")
-    assert run.returncode == 0, run.stderr
+    for _ in range(2):  # the second time it replaces its own page
+        run = papermill("report", out, records=MOMENTUM, names=names, columns="loss")
+        assert run.returncode == 0, run.stderr
     opened(page, out)
+
+
+def test_the_notebook_leaves_out_what_is_no_run(tmp_path):
+    records = tmp_path / "runs"
+    records.mkdir()
+    for ending in ("json", "parquet"):
+        shutil.copy(MOMENTUM / f"none-momentum0.9-s0.{ending}", records)
+    whole = json.loads((records / "none-momentum0.9-s0.json").read_text())
+    (records / "evaluate.json").write_text(json.dumps(whole | dict(pretrained={})))
+    (records / "array.json").write_text("[]")
+    (records / "folder.json").mkdir()
+    out = tmp_path / "page.html"
+    run = papermill("report", out, records=records, columns="loss")
+    assert run.returncode == 0 and out.exists(), run.stderr
+    cells = nbformat.read(f"{out}.ipynb", 4).cells
+    outputs = [o for cell in cells for o in cell.get("outputs", [])]
+    told = "".join(o.text for o in outputs if o.output_type == "stream")
+    first = "3 of 4 files left out: 'array.json', 'evaluate.json', 'folder.json' (the first: "
+    assert told.startswith(first) and told.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -124,6 +191,9 @@ def test_the_notebook_makes_the_page(page, tmp_path):
         ("x.html", {"names": "nothing-*"}, "there is no record nothing-*.json"),
         ("x.html", {"colums": "loss"}, "unknown parameter 'colums'. Did you mean 'columns'?"),
         ("x.json", {}, "its name must end in .html."),
+        ("x.html", {"columns": "los"}, "lacks the column los. Did you mean 'loss'?"),
+        ("x.html", {"records": ""}, "folder is '', but must be a path"),
+        ("x.html", {"names": "../*"}, "a pattern of names is '../*', but"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_no_page(tmp_path, out, wrong, told):
