@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['QUANTILES', 'SCORE_COLUMNS', 'SOFTMAX_COLUMNS', 'FEATURE_COLUMNS', 'LIMIT', 'BINS', 'RESERVED', 'quantile_columns',
            'bin_counts', 'histogram_quantiles', 'check_numbers', 'score_statistics', 'softmax_statistics',
-           'feature_statistics', 'scores_path', 'ScoreRecorder', 'require_columns', 'read_scores']
+           'feature_statistics', 'content_sum', 'scores_path', 'ScoreRecorder', 'require_columns', 'read_scores']
 
-# %% ../nbs/05_scores.ipynb #62af92ee
+# %% ../nbs/05_scores.ipynb #2051a062
+import hashlib
 import math
 from collections.abc import Callable
 from numbers import Integral, Real
@@ -276,6 +277,16 @@ def _check_given(pos, neg, before, soft_max, features):
         given["soft_max"] = (soft_max, "B")
     check_numbers(**given)
 
+# %% ../nbs/05_scores.ipynb #6828311e
+def content_sum(
+    frame: pd.DataFrame,
+) -> str:  # 64 hexadecimal digits
+    "The SHA-256 sum of a table's names and numbers"
+    total = hashlib.sha256(repr(list(frame.columns)).encode())
+    for i in range(frame.shape[1]):
+        total.update(frame.iloc[:, i].to_numpy().tobytes())
+    return total.hexdigest()
+
 # %% ../nbs/05_scores.ipynb #9f09211f
 RESERVED = ("run", "seed", "window")  # Columns that joined records get
 
@@ -296,7 +307,7 @@ def scores_path(
         raise InputError(f"{path} {problem}") from None
     return path
 
-# %% ../nbs/05_scores.ipynb #23fa169a
+# %% ../nbs/05_scores.ipynb #d23eed48
 class ScoreRecorder:
     "Statistics of the scores of every recorded step; the K scores themselves are never stored"
     def __init__(self,
@@ -392,8 +403,10 @@ class ScoreRecorder:
         if not self.rows:
             problem = "nothing has been recorded, so there is nothing to save"
             raise InputError(f"{problem} to {path}.")
+        frame = self.frame()
+        frame.attrs["sha256"] = content_sum(frame)
         with replacing(path) as part:
-            self.frame().to_parquet(part, index=False, write_page_checksum=True)
+            frame.to_parquet(part, index=False, write_page_checksum=True)
 
 # %% ../nbs/05_scores.ipynb #1ea0a03b
 def _check_record(frame, what):
@@ -445,7 +458,7 @@ def require_columns(
         _check_record(frame, what)
     return frame
 
-# %% ../nbs/05_scores.ipynb #fc530cd7
+# %% ../nbs/05_scores.ipynb #089f5bea
 def read_scores(
     path: str,  # What `ScoreRecorder.save` wrote
     columns: list = ("step", "pos_mean", "neg_mean", "neg_var"),  # That must be there
@@ -467,4 +480,6 @@ def read_scores(
         except Exception:
             problem = "is cut short or damaged: copy it again, or make the record anew."
             raise InputError(f"{path} {problem}") from None
+    if frame.attrs.pop("sha256", None) not in (None, content_sum(frame)):  # early files have none
+        raise InputError(f"{path} is damaged: copy it again, or make the record anew.")
     return require_columns(frame, columns, path)
