@@ -103,7 +103,7 @@ def whole(
         return value
     raise InputError(f"{name} is {shown(value)}, but must be a whole number of at least {least}.")
 
-# %% ../nbs/00_core.ipynb #1f79fade
+# %% ../nbs/00_core.ipynb #2c9b958f
 def check_shapes(
     **named: tuple,  # name=(tensor, axes): the axes a letter each, as `q=(q, "BD")`
 ):
@@ -111,8 +111,8 @@ def check_shapes(
     sizes = {}  # letter: length
     for name, (x, axes) in named.items():
         wanted = f"({', '.join(axes)}{',' * (len(axes) == 1)})"
-        if not isinstance(x, Tensor):
-            kind = type(x).__name__
+        if not isinstance(x, Tensor) or x.is_nested:
+            kind = "nested tensor" if isinstance(x, Tensor) else type(x).__name__
             raise InputError(f"{name} is a {kind}, but must be a tensor of shape {wanted}.")
         fits = x.ndim == len(axes)
         for letter, length in zip(axes, x.shape):
@@ -137,8 +137,9 @@ def register(
         raise InputError(f"{what} {name!r} is taken by {old.__qualname__}: give another name.")
     table[name] = entry
 
-# %% ../nbs/00_core.ipynb #2f87a3d2
-ORDER, VIEWS, MIX, WEIGHTS, START, HOLDOUT, LAYERS = range(7)  # purposes: what a run draws numbers for
+# %% ../nbs/00_core.ipynb #fc56f8af
+# Purposes: what a run draws numbers for
+ORDER, VIEWS, MIX, WEIGHTS, START, HOLDOUT, LAYERS = range(7)
 
 # %% ../nbs/00_core.ipynb #edf48074
 def seeded(
@@ -224,26 +225,35 @@ class Processes(NamedTuple):
         "The rows that belong to this process"
         return x.chunk(self.count)[self.rank]
 
-# %% ../nbs/00_core.ipynb #8b274a82
+# %% ../nbs/00_core.ipynb #f06f7217
+def _check_path_text(
+    what: str,  # The parameter's name, for a message
+    text: str,
+):
+    "Raise `InputError` for what no file can be called"
+    if "\0" in text:
+        raise InputError(f"{what} is {shown(text)}, but must be a path without a null byte.")
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        raise InputError(f"{what} is {shown(text)}, which no file can be called.") from None
+
 def as_path(
     what: str,  # The parameter's name, for a message
     value,  # Text, or a `Path`
 ) -> Path:  # `~` stands for the home folder no longer
     "A path; raises `InputError` for what cannot be one"
     text = os.fspath(value) if isinstance(value, Path) else value
-    if not isinstance(text, str) or not text or "\0" in text:
-        raise InputError(f"{what} is {shown(value)}, but must be a path without a null byte.")
+    if not isinstance(text, str) or not text:
+        raise InputError(f"{what} is {shown(value)}, but must be a path of a file or folder.")
+    _check_path_text(what, text)
     try:
-        os.fsencode(text)
-        path = Path(text).expanduser()
-    except UnicodeEncodeError:
-        raise InputError(f"{what} is {shown(value)}, which no file can be called.") from None
+        return Path(text).expanduser()
     except RuntimeError:
         raise InputError(
             f"{what} is {shown(value)}, but that user has no home folder: "
             f"write ./{text} for a folder of this name."
         ) from None
-    return path
 
 def as_file_name(
     what: str,  # The parameter's name, for a message
@@ -251,10 +261,8 @@ def as_file_name(
 ) -> str:
     "The name of a file alone; raises `InputError` for what cannot be one, and for folders"
     if not isinstance(value, str) or value in ("", ".", "..") or Path(value).name != value:
-        raise InputError(
-            f"{what} is {shown(value)}, but must be a file name; folders go into `out`."
-        )
-    as_path(what, value.lstrip("~") or "a")  # here it is a letter like any other
+        raise InputError(f"{what} is {shown(value)}, but must be a file name without folders.")
+    _check_path_text(what, value)
     return value
 
 # %% ../nbs/00_core.ipynb #89e0a326
@@ -303,11 +311,11 @@ def remove_unfinished(
             with suppress(OSError):
                 found.unlink()
 
-# %% ../nbs/00_core.ipynb #33ba0be8
+# %% ../nbs/00_core.ipynb #7ac664f0
 def holder(
     path: Path,  # Of a lock
 ) -> tuple[int, str]:  # Number of a process, its machine; 0 and empty text if nobody says
-    "Who holds a lock, as he wrote into it"
+    "Who holds a lock, as it wrote into the file"
     try:
         pid, host = path.read_text().split()
         return int(pid), host
@@ -338,7 +346,7 @@ def locked(
     pid, host = holder(file)
     lock = FileLock(file)
     try:
-        # the helpers of a process that was killed hold its lock until they notice
+        # the workers of a process that was killed hold its lock until they notice
         lock.acquire(timeout=10 if is_gone(pid, host) else 0)
     except Timeout:
         who = f"process {pid} on {host}" if pid else "another process"

@@ -250,7 +250,8 @@ def call_backbone(
             f"the {what} cannot take images of shape {tuple(x.shape)}: {_reason(e)}."
         ) from e
 
-# %% ../nbs/07_encoder.ipynb #1d80c83b
+# %% ../nbs/07_encoder.ipynb #d2fa7596
+# Sides of the empty images; the smallest come last, since large networks pool them to nothing
 PROBES = [32, 64, 96, 128, 160, 192, 224, 240, 256, 288, 299, 320, 384, 448, 512, 28, 16, 8]
 
 @contextmanager

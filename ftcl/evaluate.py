@@ -8,13 +8,13 @@ __all__ = ['MOST_CLASSES', 'LINEAR_VIEWS', 'READOUTS', 'evaluation_mode', 'encod
            'knn_accuracy', 'linear_logreg', 'paper_milestones', 'linear_batches', 'linear_sgd', 'ReadoutSettings',
            'knn_backbone', 'knn_projection', 'logreg_backbone', 'linear_backbone', 'read_out']
 
-# %% ../nbs/10_evaluate.ipynb #81bd277f
+# %% ../nbs/10_evaluate.ipynb #d3a2b79d
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, zip_longest
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,7 @@ def evaluation_mode(
         for module, training in modes:
             module.training = training
 
-# %% ../nbs/10_evaluate.ipynb #e3424f7a
+# %% ../nbs/10_evaluate.ipynb #d192f9c7
 @torch.no_grad()
 def encode_batches(
     encoder: Encoder,  # Left in the mode that it was found in
@@ -50,10 +50,17 @@ def encode_batches(
     space: str = "backbone",  # h of the `backbone`, or z of the `projection`
     precision: str = "fp32",  # `bf16` or `fp32` inside the encoder
 ) -> Tensor:  # (N, F) at least float32, unit norm
-    "Features of images as they are, batch by batch; raises `InputError` for an unknown name"
+    "Features of images as they are, batch by batch; raises `InputError` for what cannot be read"
     one_of("space", space, ["backbone", "projection"])
     one_of("precision", precision, PRECISIONS)
-    net = getattr(encoder, "backbone_features", encoder) if space == "backbone" else encoder
+    net = encoder
+    if space == "backbone":
+        if not hasattr(encoder, "backbone_features"):
+            raise InputError(
+                "the encoder has no backbone_features: take space='projection', or wrap it, "
+                "Encoder(module)."
+            )
+        net = encoder.backbone_features
     weight = first_weight(encoder)
     device = torch.device("cpu") if weight is None else weight.device
     features = []
@@ -100,19 +107,17 @@ def extract_features(
     batches = images.split(whole("batch_size", batch_size, 1))
     return check_finite_features(encode_batches(encoder, batches, space, precision))
 
-# %% ../nbs/10_evaluate.ipynb #86b1ef01
+# %% ../nbs/10_evaluate.ipynb #288ec6f6
 def image_batches(
     data: ImageSet,
     batch_size: int = 500,  # Images at a time
     workers: int = 0,  # Processes that decode images on the disk; 0: this one
 ) -> Iterator:  # Over (B, 3, H, W) uint8
-    "The images of a set in their order, a few at a time, so that a set need not fit in memory"
+    "The images of a set in order, a few at a time; raises `InputError` for a damaged one"
     if isinstance(data, OnDisk) and len(data):
         h, w = image_shape(data)
-        batch_size = max(min(batch_size, 2**23 // (h * w)), 1)
-        plan = ((indices,) for indices in np.split(
-            np.arange(len(data)), range(batch_size, len(data), batch_size)
-        ))
+        batch_size = max(min(batch_size, 2**23 // (h * w)), 1)  # 2^23 pixels take 25 MB
+        plan = ((indices.numpy(),) for indices in torch.arange(len(data)).split(batch_size))
         with closing(spread(partial(decode_all, data), plan, workers)) as batches:
             for parts in batches:
                 yield torch.from_numpy(np.concatenate(parts))
@@ -120,7 +125,7 @@ def image_batches(
     for indices in torch.arange(len(data)).split(batch_size):
         yield data.batch(indices)
 
-# %% ../nbs/10_evaluate.ipynb #1cba81cd
+# %% ../nbs/10_evaluate.ipynb #1639cf23
 def set_features(
     encoder: Encoder,
     data: ImageSet,  # Any set, in memory or not
@@ -128,11 +133,11 @@ def set_features(
     precision: str = "fp32",  # As in `extract_features`
     workers: int = 0,  # As in `image_batches`
 ) -> Tensor:  # (N, F) at least float32, unit norm
-    "`extract_features` of a whole set; raises `InputError` if a feature is not finite"
+    "`extract_features` of a whole set; raises `InputError` as it does, and for a damaged image"
     with closing(image_batches(data, workers=workers)) as batches:
         return check_finite_features(encode_batches(encoder, batches, space, precision))
 
-# %% ../nbs/10_evaluate.ipynb #2f638ab2
+# %% ../nbs/10_evaluate.ipynb #44fc43ba
 MOST_CLASSES = 2**20  # a label beyond is no class, and would take memory as if it were
 
 def check_labelled(
@@ -143,7 +148,9 @@ def check_labelled(
 ):
     "Raise `InputError` unless there are items, all of them finite, and each has a valid label"
     if labels is None:
-        raise InputError(f"the {what} has no labels, and a readout cannot do without.")
+        raise InputError(
+            f"the {what} has no labels, and a readout cannot do without: name labelled images."
+        )
     if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype != torch.int64:
         kind = type(labels).__name__
         if isinstance(labels, Tensor):
@@ -164,36 +171,26 @@ def check_labelled(
                 "(-1 often means none)."
             )
 
-# %% ../nbs/10_evaluate.ipynb #092e840f
+# %% ../nbs/10_evaluate.ipynb #27b38970
 def check_sets(
     train: ImageSet,  # Its classes count
     test: ImageSet,
-) -> ImageSet:  # `test`, its labels counted as in `train`
+):
     "Raise `InputError` unless each image of both sets is labelled with a class of `train`"
     check_set("the training set", train)
     check_set("the test set", test)
     check_labelled(train, train.labels, "training set", train.classes)
-    if train.classes and test.classes and list(train.classes) != list(test.classes):
-        check_labelled(test, test.labels, "test set", test.classes)
-        test = _renumbered(test, list(train.classes))
+    if train.classes and test.classes:
+        for label, (here, there) in enumerate(zip_longest(test.classes, train.classes)):
+            if here != there:
+                raise InputError(
+                    f"label {label} is {shown(here)} in the test set, but {shown(there)} in the "
+                    "training set: give both the same classes in the same order."
+                )
     check_labelled(test, test.labels, "test set", train.classes)
     for data in (train, test):
         if isinstance(data, OnDisk):
             image_shape(data)  # refuses images of several sizes
-    return test
-
-def _renumbered(test, classes):
-    "The test set, its labels counted as `classes` are"
-    numbers = torch.full((len(test.classes),), -1)
-    for label in test.labels.unique().tolist():
-        name = test.classes[label]
-        if classes.count(name) != 1:
-            has = "no class" if name not in classes else "several classes"
-            raise InputError(
-                f"the test set has the class {name!r}, but the training set has {has} of this name."
-            )
-        numbers[label] = classes.index(name)
-    return test.renumber(numbers, classes)
 
 # %% ../nbs/10_evaluate.ipynb #ce5e08fc
 def class_count(
@@ -238,7 +235,7 @@ def knn(
         right += (votes.argmax(1) == y).sum()
     return 100 * right.item() / len(query)
 
-# %% ../nbs/10_evaluate.ipynb #b8ce4333
+# %% ../nbs/10_evaluate.ipynb #69e16ff0
 def knn_accuracy(
     encoder: Encoder,
     train: ImageSet,  # The bank
@@ -250,12 +247,12 @@ def knn_accuracy(
     workers: int = 0,  # As in `image_batches`
 ) -> float:  # Percent
     "kNN accuracy of `test` images among `train` images; raises `InputError` for wrong labels"
-    test = check_sets(train, test)
+    check_sets(train, test)
     bank = set_features(encoder, train, space, precision, workers)
     query = set_features(encoder, test, space, precision, workers)
     return knn(bank, train.labels.to(bank.device), query, test.labels.to(bank.device), k, t)
 
-# %% ../nbs/10_evaluate.ipynb #153e89bc
+# %% ../nbs/10_evaluate.ipynb #d6011220
 def linear_logreg(
     encoder: Encoder,
     train: ImageSet,  # To fit on, at least two classes
@@ -266,7 +263,7 @@ def linear_logreg(
     workers: int = 0,  # As in `image_batches`
 ) -> float:  # Accuracy in percent
     "The quick readout: logistic regression; raises `InputError` for wrong labels or one class"
-    test = check_sets(train, test)
+    check_sets(train, test)
     positive("C", C)
     if len(train.labels.unique()) < 2:
         raise InputError("a linear readout needs two classes, but the training set has one.")
@@ -288,7 +285,7 @@ def paper_milestones(
     "Where the papers lower the rate, for a readout of any length: after 1/2, 2/3 and 5/6 of it"
     return [epochs * twelfths // 12 for twelfths in (6, 8, 10) if epochs * twelfths >= 12]
 
-# %% ../nbs/10_evaluate.ipynb #ade70343
+# %% ../nbs/10_evaluate.ipynb #ac55c995
 def linear_batches(
     train: ImageSet,
     epochs: int,
@@ -297,7 +294,7 @@ def linear_batches(
     seed: int,  # Decides the views of images on the disk
     workers: int = 0,  # As in `image_batches`
 ) -> Iterator[tuple[Tensor, Tensor]]:  # Numbers (B,) of images, and their views (B, 3, H, W)
-    "What a linear readout trains on, step by step"
+    "What a linear readout trains on, step by step; raises `InputError` for a damaged image"
     device = generator.device
 
     def orders():
@@ -310,11 +307,11 @@ def linear_batches(
             x = train.batch(indices).to(device)
             yield indices, augment(x, LINEAR_VIEWS, generator=generator)
         return
-    ahead = deque()  # numbers of the batches that workers make
+    ahead = deque()  # numbers of the batches that were read here and have not arrived yet
 
     def plan():
         for step, indices in enumerate(orders()):
-            ahead.append(indices)
+            ahead.append(indices)  # in this process, before any result of the batch
             yield indices, (seed, VIEWS, step)
 
     batches = augmented_batches(train, plan(), LINEAR_VIEWS, None, device, workers=workers)
@@ -322,7 +319,7 @@ def linear_batches(
         for views in batches:
             yield ahead.popleft(), views
 
-# %% ../nbs/10_evaluate.ipynb #0358b6ec
+# %% ../nbs/10_evaluate.ipynb #d9ea944c
 def linear_sgd(
     encoder: Encoder,  # Frozen, in evaluation mode; left as it was found
     train: ImageSet,  # To fit on
@@ -337,7 +334,7 @@ def linear_sgd(
     workers: int = 0,  # As in `image_batches`
 ) -> float:  # Accuracy in percent
     "The papers' linear readout, by SGD; raises `InputError` for wrong input, or if it diverges"
-    test = check_sets(train, test)
+    check_sets(train, test)
     whole("epochs", epochs, 1)
     positive("lr", lr)
     whole("batch_size", batch_size, 1)
@@ -414,7 +411,7 @@ READOUTS = {  # name: function of (encoder, train, test, settings), accuracy in 
     "linear_backbone": linear_backbone,
 }
 
-# %% ../nbs/10_evaluate.ipynb #ff2b0551
+# %% ../nbs/10_evaluate.ipynb #b9cf356e
 def read_out(
     encoder: Encoder,
     train: ImageSet,  # To fit on
@@ -427,7 +424,7 @@ def read_out(
         names = list(READOUTS)
     readouts = {name: READOUTS[one_of("readout", name, READOUTS)] for name in names}
     if readouts:
-        test = check_sets(train, test)
+        check_sets(train, test)
     accuracies = {}
     for name, readout in readouts.items():
         accuracy = float(readout(encoder, train, test, settings))

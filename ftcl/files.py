@@ -48,7 +48,7 @@ def written(
 # %% ../nbs/00b_files.ipynb #aab73342
 HUB = {"cifar10": "uoft-cs/cifar10"}  # short names of Hugging Face data sets
 
-# %% ../nbs/00b_files.ipynb #0b926841
+# %% ../nbs/00b_files.ipynb #ffc4d3c0
 def _candidates(path):
     "The folders that a path can mean, and the folder of data sets that is among them"
     begin = {path.split(os.sep)[0], os.path.normpath(path).split(os.sep)[0]}
@@ -90,13 +90,10 @@ def find_source(
         )
     if re.fullmatch(r"\w[\w.-]{,95}/\w[\w.-]{,95}", name, re.ASCII):
         return name
-    where = f"a folder in FTCL_DATA ({home})" if home else "a folder in $FTCL_DATA"
-    if not os.environ.get("FTCL_DATA"):
-        where += " (not set)"
     names = "".join(f"{entry!r}, " for entry in known)
     raise InputError(
-        f"dataset {shown(name, 300)} was not found: it must be {names}{where}, the path of a "
-        "folder of images or Parquet files, or a Hugging Face id like 'uoft-cs/cifar10'."
+        f"dataset {shown(name, 300)} was not found: it must be {names}a folder (a path, or in "
+        "$FTCL_DATA), or a Hugging Face id."
         f"{nearest(name, sorted({*known, *HUB, *_folders_in(home)}))}"
     )
 
@@ -160,7 +157,7 @@ def _quiet_tiff():
 
 _quiet_tiff()
 
-# %% ../nbs/00b_files.ipynb #cfaa7133
+# %% ../nbs/00b_files.ipynb #b1c119f9
 @contextmanager
 def _opened(item, what):
     "The image of an item, opened; whatever pillow raises within becomes one `InputError`"
@@ -182,7 +179,7 @@ def _why_not_decoded(e):
     if isinstance(e, InputError):
         return str(e)
     if isinstance(e, UnidentifiedImageError):
-        return f"it is damaged, or none of {', '.join(FORMATS)}"
+        return f"it is damaged, or of a kind that pillow cannot read ({', '.join(FORMATS)} it can)"
     if isinstance(e, Image.DecompressionBombError):
         return f"it has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels"
     if isinstance(e, OSError):  # pillow's own words, such as `image file is truncated`
@@ -208,11 +205,14 @@ def _orientation(image):
     except Exception:
         return 1
 
-# %% ../nbs/00b_files.ipynb #f2ade664
+# %% ../nbs/00b_files.ipynb #05e4f938
+def _tiff_tag(image, number):
+    "What a TIFF says under a number; None where it says nothing, and for other files"
+    return getattr(image, "tag_v2", {}).get(number)
+
 def _white(image):
-    "The value that means white in an image of more than 8 bits"
-    bits = getattr(image, "tag_v2", {}).get(258)  # BitsPerSample of a TIFF
-    return 4095 if bits == (12,) else 65535
+    "The value that means white, or black, in an image of more than 8 bits"
+    return 4095 if _tiff_tag(image, 258) == (12,) else 65535  # BitsPerSample
 
 def _eight_bits(image, white):
     "An image of more than 8 bits as grey of 8; what pillow says is transparent stays so"
@@ -222,13 +222,15 @@ def _eight_bits(image, white):
     if least < 0 or most > white:
         raise InputError(f"its values are {least} to {most}, but must lie in 0 to {white}")
     values = values.astype(np.int32)
+    if _tiff_tag(image, 262) == 0:  # PhotometricInterpretation: 0 is white
+        values = white - values
     grey = Image.fromarray(((values * 510 + white) // (2 * white)).astype(np.uint8))  # rounded
     clear = image.info.get("transparency")
     if clear is not None:
         grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
     return grey
 
-# %% ../nbs/00b_files.ipynb #9da22624
+# %% ../nbs/00b_files.ipynb #69bed3e5
 def _clear_colour(image):
     "The transparent colour of a PNG on the scale of its pixels, before they are read"
     clear = image.info.get("transparency")
@@ -248,6 +250,8 @@ def _rgb(image):
         image.info["transparency"] = clear
     if image.mode == "F":
         raise InputError("its pixels are floating-point numbers, whose range nobody knows")
+    if 2 in (_tiff_tag(image, 339) or ()) and not image.mode.startswith("I"):  # SampleFormat
+        raise InputError("its pixels are signed numbers of 8 bits, whose black nobody knows")
     if image.mode.startswith("I"):
         image = _eight_bits(image, white)
     if not image.has_transparency_data:
@@ -450,15 +454,17 @@ def _split_folders(tree):
             )
     return {} if others else {split: folders[split] for split in _in_order(folders)}
 
-# %% ../nbs/00b_files.ipynb #4d33b031
+# %% ../nbs/00b_files.ipynb #a4574acd
 def _split_to_read(
     name: str,  # Of the data set
     split: str,  # Asked for
     splits: list,  # That the data set has
 ) -> str:  # One of `splits`
     "The split that is asked for; raises `InputError` for one that the set lacks"
-    if split in splits or not isinstance(split, str):
-        return one_of("split", split, splits)
+    if not isinstance(split, str):
+        one_of("split", split, splits)
+    if split in splits:
+        return split
     meanings = [SPLITS.get(split.lower(), split)]
     if split == "test":
         meanings.append("validation")
@@ -601,7 +607,7 @@ def _what(name, split):
 def _joined(notes):
     return "; ".join(note for note in notes if note)
 
-# %% ../nbs/00b_files.ipynb #f0205338
+# %% ../nbs/00b_files.ipynb #75dd30ce
 def _parquet_word(path):
     "What the name of a Parquet file says of its split, and of how many files it has"
     folder, name = os.path.split(path)
@@ -609,6 +615,8 @@ def _parquet_word(path):
     shard = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})(-[0-9a-f]+)?", stem)
     if shard:
         return shard[1], int(shard[2])
+    numbered = re.fullmatch(r"([A-Za-z]+)[-_.]\d+", stem)
+    stem = numbered[1] if numbered else stem
     words = [word for word in (stem, os.path.basename(folder)) if word.lower() in SPLITS]
     return (words[0], 0) if words else ("", 0)
 
@@ -616,6 +624,14 @@ def _parquet_splits(name, paths):
     "Files of each split; raises `InputError` where names contradict each other"
     words = {path: _parquet_word(path) for path in paths}
     if not any(word for word, _ in words.values()):
+        for path in paths if len(paths) > 1 else []:
+            stem = os.path.basename(path)[: -len(".parquet")]
+            meant = [word for word in re.split(r"[-_. ]", stem.lower()) if word in SPLITS]
+            if meant and meant[0] != "train":
+                raise InputError(
+                    f"dataset {written(name)} has a file {written(path)}, whose split nobody can "
+                    f"know: name it {meant[0]}.parquet if it is of that split."
+                )
         return {"train": list(paths)}
     files = {}
     for path, (word, _) in words.items():
@@ -698,7 +714,7 @@ def _hub_table(what, source, split):
     kinds = _kinds(dataset.features.arrow_schema, dataset.features)
     return _Table(what, kinds, dataset.data.column, lambda column: dataset, _cache_folders())
 
-# %% ../nbs/00b_files.ipynb #4d59cfa7
+# %% ../nbs/00b_files.ipynb #cedec040
 def _open_parquet(path):
     "Schema of a Parquet file, what its columns hold, and its number of rows"
     import pyarrow.parquet as pq
@@ -717,10 +733,39 @@ def _open_parquet(path):
         said = {}
     return _kinds(schema, said), n
 
+@dataclass(frozen=True)
+class _Columns:
+    "The columns of several Parquet files, as those of one table"
+    paths: list
+    kinds: list  # of each file: name of a column -> what it holds
+
+    def check_alike(self, column):
+        "Raise `InputError` where two files disagree about a column"
+        for path, kinds in zip(self.paths, self.kinds):
+            if kinds.get(column) != self.kinds[0][column]:
+                raise InputError(
+                    f"{written(self.paths[0])} and {written(path)} disagree about the column "
+                    f"{column!r}: write them alike."
+                )
+
+    def labels(self, column):
+        "The values of a column: pyarrow.ChunkedArray (N,)"
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+        self.check_alike(column)
+        chunks = []
+        for path in self.paths:
+            with pq.ParquetFile(path) as file:
+                chunks += file.read(columns=[column]).column(column).chunks
+        return pa.chunked_array(chunks)
+
+    def images(self, column):
+        "A column of images: datasets.Dataset with N rows"
+        self.check_alike(column)
+        return _memory_mapped(self.paths, column)
+
 def _local_table(what, paths):
     "A split of Parquet files; raises `InputError` for files that cannot be read"
-    import pyarrow as pa
-    import pyarrow.parquet as pq
     for path in paths:
         if "::" in path or path != path.encode(errors="replace").decode():
             raise InputError(
@@ -728,31 +773,10 @@ def _local_table(what, paths):
                 "cannot open: rename it."
             )
     opened = [_open_parquet(path) for path in paths]
-    kinds = opened[0][0]
     if not sum(n for _, n in opened):
         raise InputError(f"{what} has no rows: add images.")
-
-    def agree(column):
-        for path, (others, _) in zip(paths, opened):
-            if others.get(column) != kinds[column]:
-                raise InputError(
-                    f"{written(paths[0])} and {written(path)} disagree about the column "
-                    f"{column!r}: write them alike."
-                )
-
-    def labels(column):
-        agree(column)
-        chunks = []
-        for path in paths:
-            with pq.ParquetFile(path) as file:
-                chunks += file.read(columns=[column]).column(column).chunks
-        return pa.chunked_array(chunks)
-
-    def images(column):
-        agree(column)
-        return _memory_mapped(paths, column)
-
-    return _Table(what, kinds, labels, images, [])
+    columns = _Columns(paths, [kinds for kinds, _ in opened])
+    return _Table(what, columns.kinds[0], columns.labels, columns.images, [])
 
 def _memory_mapped(paths, column):
     "A column of images in Parquet files, from a copy that `datasets` keeps in its cache"
@@ -825,7 +849,7 @@ def _label_column(table, asked):
         )
     return marked[0] if marked else ""
 
-# %% ../nbs/00b_files.ipynb #0f756d05
+# %% ../nbs/00b_files.ipynb #1612e088
 def _refuse_row(wrong, what, why):
     "Raise `InputError` for the first row that is wrong"
     if wrong.any():
@@ -857,9 +881,9 @@ def _codes(table, column):
     names = getattr(table.kinds[column], "names", None)
     if values.dtype != object:
         most = 2**63 - 1 if names is None else len(names) - 1
-        allowed = "from 0 on" if names is None else f"from 0 to {most}"
+        allowed = "0 or more" if names is None else f"from 0 to {most}"
         wrong = (values < 0) | (values > most)
-        why = f"has the label {values[wrong.argmax()]}, but must have one {allowed}"
+        why = f"has the label {values[wrong.argmax()]}, but labels are {allowed}"
         _refuse_row(wrong, table.what, why)
     if names is not None:
         return values.astype(np.int64), list(names)
@@ -943,18 +967,18 @@ def _check_embedded(rows):
     if data.null_count:
         rows[int(data.is_null().to_numpy().argmax())]
 
-# %% ../nbs/00b_files.ipynb #a2fc6196
-def _list_table(name, split, files, table, image_column, label_column):
-    "The images of a split in columns; `table` opens a split, `files` has the files of each"
+# %% ../nbs/00b_files.ipynb #b87d8b1a
+def _list_table(name, split, files, open_table, image_column, label_column):
+    "The images of a split in columns; `open_table` opens a split, `files` has the files of each"
     split = _split_to_read(name, split, list(files))
-    found = table(split)
+    found = open_table(split)
     image_column = _image_column(found, image_column)
     label_column = _label_column(found, label_column)
     labels = None
     classes = None
     why = ""
     if label_column:
-        train = table("train") if split != "train" and "train" in files else None
+        train = open_table("train") if split != "train" and "train" in files else None
         labels, classes, why = _table_labels(found, label_column, train)
     rows = _Rows(found, image_column)
     _check_embedded(rows)
@@ -965,7 +989,7 @@ def _list_table(name, split, files, table, image_column, label_column):
     notes = [_parquet_note(files[split]), why, _too_dark(rows)]
     return Listing(found.what, rows, labels, classes, _joined(notes))
 
-# %% ../nbs/00b_files.ipynb #c03686b0
+# %% ../nbs/00b_files.ipynb #4763a397
 def _open_folder(name, source):
     "The tree of a data set; raises `InputError` for one without images, or of two kinds"
     tree = _Tree(source)
@@ -976,16 +1000,22 @@ def _open_folder(name, source):
             f"{written(tree.parquet[0])}: move one kind away."
         )
     if not tree.parquet and not tree.ends:
-        folders = len(tree.folders) - 1
-        hidden = sum(tree.hidden.values())
-        others = sum(tree.others.values())
-        such = f" (such as {written(next(iter(tree.example.values())))})" if others else ""
         raise InputError(
-            f"dataset {written(name)} ({written(source)}) holds no image and no Parquet file, only "
-            f"{folders} folders, {hidden} hidden and {others} other files{such}: images end in "
-            f"{', '.join(sorted(ENDINGS))}."
+            f"dataset {written(name)} ({written(source)}) holds no image (.jpg, .png, .tif, ...) "
+            f"and no Parquet file{_only(tree)}: add images, or name another folder."
         )
     return tree
+
+def _only(tree):
+    "What a folder holds that is no image, in words"
+    found = []
+    if tree.others:
+        example = written(next(iter(tree.example.values())))
+        number = sum(tree.others.values())
+        found.append(_some(number, "other file", "other files", example))
+    if tree.hidden:
+        found.append(f"{sum(tree.hidden.values())} hidden")
+    return f", only {' and '.join(found)}" if found else ""
 
 def _hub_splits(name, source):
     "Names of the splits of a data set of the hub; each has no files here"
@@ -1011,7 +1041,7 @@ def split_names(
         return list(_parquet_splits(name, tree.parquet))
     return list(_split_folders(tree)) or ["train"]
 
-# %% ../nbs/00b_files.ipynb #80418e2e
+# %% ../nbs/00b_files.ipynb #9e560092
 def _no_columns(name, image_column, label_column):
     "Raise `InputError` for columns of a folder of images"
     asked = dict(image_column=image_column, label_column=label_column)
@@ -1040,13 +1070,13 @@ def list_images(
     else:
         files = _hub_splits(name, source)
 
-    def table(split):
+    def open_table(split):
         if not os.path.isabs(source):
             return _hub_table(_what(name, split), source, split)
         return _local_table(_what(name, split), [os.path.join(source, o) for o in files[split]])
 
     try:
-        return _list_table(name, split, files, table, image_column, label_column)
+        return _list_table(name, split, files, open_table, image_column, label_column)
     except InputError:
         raise
     except Exception as e:

@@ -210,7 +210,7 @@ def _own_parts(encoder):
     parts = getattr(encoder, "bn_splits", None)
     return batch_parts(encoder) if parts is None else whole("bn_splits", parts, 1)
 
-# %% ../nbs/09_method.ipynb #cbd743ba
+# %% ../nbs/09_method.ipynb #76857a57
 class MoCo(Method):
     "Momentum contrast: queries against the keys of a slower encoder and a queue of earlier ones"
     def __init__(self,
@@ -310,10 +310,11 @@ class MoCo(Method):
         check_shapes(v1=(v1, "BCHW"), v2=(v2, "BCHW"))
         weight = first_weight(self.encoder)
         device = v1.device if weight is None else weight.device
-        if not v1.device.type == v2.device.type == device.type != "meta":
+        kinds = {v1.device.type, v2.device.type, device.type}
+        if len(kinds) > 1 or "meta" in kinds:
             raise InputError(
                 f"v1 is on {v1.device}, v2 on {v2.device} and the encoder on {device}, "
-                "but all must be on one device."
+                "but all must be on one device that computes."
             )
         query_views = [v1, v2] if self.symmetric else [v1]
         key_views = [v2, v1] if self.symmetric else [v2]

@@ -221,7 +221,7 @@ def provenance(
         versions=versions | {"python": platform.python_version()},
     )
 
-# %% ../nbs/11_record.ipynb #cc1683e5
+# %% ../nbs/11_record.ipynb #69e5fbe0
 SCHEMA = 1  # of a record
 
 def write_record(
@@ -233,12 +233,13 @@ def write_record(
         text = json.dumps(record, indent=1, allow_nan=False)
     except ValueError:
         metrics = record.get("metrics", {}).items()
-        odd = [f"{name} is {value}" for name, value in metrics if value - value != 0]
-        raise InputError(f"{path} is not written: {(odd or ['a value is NaN'])[0]}.") from None
+        odd = [f"{name} is {value}" for name, value in metrics if not is_number(value)]
+        why = odd[0] if odd else "a value is NaN or infinite"
+        raise InputError(f"{path} is not written: {why}.") from None
     with replacing(path) as part:
         part.write_text(text + "\n", encoding="utf-8")
 
-# %% ../nbs/11_record.ipynb #278c90d1
+# %% ../nbs/11_record.ipynb #510d0ca3
 RECORD = dict(  # What a record may hold, beside parameters and metrics, and of what kind
     name=str, measured_on=str, device=str, git_revision=str, versions=dict, arithmetic=dict,
     pretrained=dict, epochs=list, n_train=int, n_test=int, step=int, steps=int, processes=int,
@@ -265,6 +266,17 @@ def is_parameter(
     "Whether a parameter can have this value: text, a finite number, True or False"
     return isinstance(value, (str, bool)) or is_number(value)
 
+def _fits(
+    value,
+    kind: type,  # From `RECORD`
+) -> bool:
+    "Whether a record can have this value"
+    if kind is int:
+        return type(value) is int and 0 <= value < 2**63
+    if kind is float:
+        return is_number(value) and value >= 0
+    return isinstance(value, kind)
+
 def odd_entry(
     record: dict,
 ) -> str:  # Its name; empty if there is none
@@ -278,10 +290,7 @@ def odd_entry(
             if not fits(value):
                 return f"{key}, {name}"
     for key, kind in RECORD.items():
-        value = record.get(key, kind())
-        whole = kind is int and type(value) is int and 0 <= value < 2**63
-        number = kind is float and is_number(value) and value >= 0
-        if not (whole or number or (kind not in (int, float) and isinstance(value, kind))):
+        if key in record and not _fits(record[key], kind):
             return key
     return "" if all(map(is_epoch, record.get("epochs", []))) else "epochs"
 
@@ -343,7 +352,7 @@ def result_parameters(
     files = [name for name, parameter in declared(f).items() if parameter.about.part == "files"]
     return {name: value for name, value in p.items() if name not in files}
 
-# %% ../nbs/11_record.ipynb #f773bef5
+# %% ../nbs/11_record.ipynb #7fc836d6
 LATER_PARAMETERS = dict(  # What early runs did, before these could be asked for
     split="train", evaluate_on="", decode="once", image_column="", label_column="",
     view_strength=1.0, view_size=0, weights="",
@@ -351,7 +360,7 @@ LATER_PARAMETERS = dict(  # What early runs did, before these could be asked for
 
 def difference(
     p: dict,  # Parameters of a run
-    old: dict,  # Of an earlier one; what it lacks had a fixed value then
+    old: dict,  # Of an earlier one; what it lacks: `LATER_PARAMETERS`, else the default
     f: Callable,  # The function that takes them
 ) -> str:  # As `alpha=2.0, not 3.0`, the earlier value first; empty if both are the same run
     "How an earlier run differs from this one"
@@ -384,7 +393,7 @@ def existing_record(
         )
     return record
 
-# %% ../nbs/11_record.ipynb #b1d3ec64
+# %% ../nbs/11_record.ipynb #d0ad56ea
 FILES = ("json", "parquet", "safetensors", "previous.safetensors", "lock")  # of a run
 
 def record_path(
@@ -402,7 +411,10 @@ def writable(
     path = record_path(out, name)
     folder = path.parent
     if name.endswith(".previous"):
-        raise InputError(f"name is {name!r}, but so ends the checkpoint before the last.")
+        raise InputError(
+            f"name is {shown(name)}, but must not end in .previous, as the checkpoint before the "
+            "last does."
+        )
     made = []
     try:
         made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
@@ -413,6 +425,9 @@ def writable(
                 raise IsADirectoryError(0, f"{file.name} is a folder")
             with tempfile.NamedTemporaryFile(dir=folder, prefix=f"{file.name}.{'0' * 15}"):
                 pass  # the longest name that a file has while it is written
+        scores = folder / f"{name}.scores"
+        if scores.exists() and not scores.is_dir():
+            raise NotADirectoryError(0, f"{scores.name} is no folder")
     except (OSError, ValueError) as e:
         for parent in made:
             with suppress(OSError):
@@ -424,11 +439,11 @@ def writable(
         ) from None
     return path
 
-# %% ../nbs/11_record.ipynb #ba45b826
+# %% ../nbs/11_record.ipynb #b51affea
 def content_hash(
     path: str,  # A file
 ) -> str:  # sha256, 64 hexadecimal digits; empty if there is no such file
-    "A number that stands for a file's content"
+    "The SHA-256 sum of a file; raises `InputError` for what cannot be a path"
     try:
         with open(as_path("the file", path), "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

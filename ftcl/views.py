@@ -266,7 +266,7 @@ def finishing_draws(
     kernel = blur_kernel(torch.where(u.blur < how.blur, sigma, 0.0), reach)
     return Draws(kernel, colours, grey_factor)
 
-# %% ../nbs/02_views.ipynb #09bbaa55
+# %% ../nbs/02_views.ipynb #545d8549
 def draw_views(
     n: int,  # Images
     h: int,  # Their height
@@ -284,8 +284,13 @@ def draw_views(
     places, weights = resize_taps(left, width, w, size)
     places = torch.where(flipped, places.flip(1), places)
     weights = torch.where(flipped, weights.flip(1), weights)
-    rows = resize_taps(top, height, h, size)
-    return Draws(*finishing_draws(u, how, size)[:3], *rows, places, weights)
+    row_places, row_weights = resize_taps(top, height, h, size)
+    return finishing_draws(u, how, size)._replace(
+        row_places=row_places,
+        row_weights=row_weights,
+        column_places=places,
+        column_weights=weights,
+    )
 
 # %% ../nbs/02_views.ipynb #8bdc81f9
 def _blur_some(x, kernel):
@@ -464,7 +469,7 @@ def _places(indices, rows):
     "Places (b,) in a batch, as an array"
     return np.arange(len(indices)) if rows is None else rows.cpu().numpy() % len(indices)
 
-# %% ../nbs/02_views.ipynb #e56bc7d7
+# %% ../nbs/02_views.ipynb #2c8be068
 def view_batches(
     data: ImageSet,
     plan: Iterable,  # As in `augmented_batches`; for images on the disk it is read ahead
@@ -474,8 +479,10 @@ def view_batches(
     rows: Tensor | None = None,  # As in `augmented_batches`
     workers: int = 0,  # As in `augmented_batches`
 ) -> Iterator[tuple[Tensor, Tensor]]:  # (b, 3, S, S) each
-    "Two normalised views of batch after batch; in memory, those of `two_views`"
-    batches = augmented_batches(data, plan, how, size, device, rows, workers, 2, MEAN, STD)
+    "Two normalised views of each image, as `two_views`; raises `InputError` for a damaged one"
+    batches = augmented_batches(
+        data, plan, how, size, device, rows, workers, views=2, mean=MEAN, std=STD
+    )
     with closing(batches):
         for views in batches:
             yield views.chunk(2)

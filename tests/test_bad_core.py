@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ftcl.core import InputError, Processes
+from ftcl.core import InputError, Processes, check_shapes
 from ftcl.encoder import Encoder, SplitBN, backbone, ema_update, projection, small_resnet, split_bn
 from ftcl.loss import info_nce, positive_logit, scores, streamed_info_nce
 from ftcl.method import Contrast, Method, MoCo, augmentation_of, build_method, join
@@ -71,6 +71,16 @@ def odd_values():
     tensors += [torch.full((B, D), v) for v in (math.inf, -math.inf, math.nan, 1e38)]
     tensors += [views(), views()[:0], views()[:1], views(2, 1), views().to("meta"), views().long()]
     return numbers + others + tensors
+
+
+def test_a_nested_tensor_has_no_shape():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls them a prototype
+        for layout in (torch.strided, torch.jagged):
+            x = torch.nested.as_nested_tensor([unit(1, D), unit(B, D)], layout=layout)
+            said = r"^q is a nested tensor, but must be a tensor of shape \(B, D\)\.$"
+            with pytest.raises(InputError, match=said):
+                check_shapes(q=(x, "BD"))
 
 
 def shared(transform, **options):

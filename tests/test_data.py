@@ -588,10 +588,13 @@ def test_evaluate_on_names_a_split_or_another_set(home):
     for split, name in (("val", "validation"), ("validation", "val"), ("train", "train")):
         with pytest.raises(InputError, match="trained on and measured on"):
             run_sets("set", split=split, evaluate_on=name)
-    with pytest.raises(InputError, match="splits are train, validation.*Did you mean 'single'"):
+    place = r"a split of 'set' \(train, validation\) or a labelled data set"
+    with pytest.raises(InputError, match=place + ": dataset 'sinlge'.*Did you mean 'single'"):
         run_sets("set", evaluate_on="sinlge")
+    with pytest.raises(InputError, match=place + r"\. Did you mean 'train'\?$"):
+        run_sets("set", evaluate_on="trian")
     with pytest.raises(InputError, match="must name images with labels"):
-        run_sets("single", evaluate_on="set")
+        run_sets("single", evaluate_on=str(home / "set" / "train"))
     with pytest.raises(InputError, match="evaluate_on is given, too"):
         run_sets("single", holdout=3, evaluate_on="shapes")
     for wrong in (7, None, ["set"]):
@@ -602,20 +605,54 @@ def test_evaluate_on_names_a_split_or_another_set(home):
         run_sets("set", evaluate_on="few")
 
 
+def test_no_image_is_trained_on_and_measured_on_however_it_is_spelt(home, tmp_path, monkeypatch):
+    write(home / "lab", 15, ("owl", "tit"), size=(20, 20))
+    for split, first in (("train", 0), ("Test", 50)):
+        write(home / "set" / split, 10, ("owl", "tit"), size=(20, 20), first=first)
+    os.symlink(home / "lab", tmp_path / "link")
+    monkeypatch.chdir(tmp_path)
+    for other in (f"{home}/lab", f"{home}/lab/", f"{home}/set/../lab", "link", str(tmp_path / "link")):
+        for one, two in (("lab", other), (other, "lab")):
+            with pytest.raises(InputError, match="trained on and measured on"):
+                run_sets(one, evaluate_on=two)
+    with pytest.raises(InputError, match="trained on and measured on"):
+        run_sets(f"{home}/set/Test", evaluate_on="set")
+    sets = run_sets(f"{home}/set/train", evaluate_on="set")
+    assert (len(sets.train), len(sets.bank), len(sets.test)) == (10, 10, 10)
+
+
+def test_labels_that_a_split_lacks_are_done_without(home, capsys):
+    write(home / "free" / "train", 20, size=(20, 20))
+    write(home / "free" / "test", 10, ("owl", "tit"), size=(20, 20), first=50)
+    sets = run_sets("free", evaluate_on=str(home / "free"))
+    assert (len(sets.train), len(sets.bank), len(sets.test)) == (20, 8, 2)
+    write(home / "hidden" / "train", 10, ("owl", "tit"), size=(20, 20))
+    write(home / "hidden" / "test", 4, size=(20, 20), first=50)
+    assert run_sets("hidden").test is None
+    assert "hidden/test has no labels" in capsys.readouterr().out
+
+
 def test_a_test_split_counts_its_classes_as_the_training_split_does(home):
     write(home / "a" / "train", 12, ("owl", "tit", "wren"), size=(20, 20))
+    write(home / "a" / "test", 8, ("tit", "wren"), size=(20, 20), first=100)
+    train, test = load("a"), load("a", "test")
+    assert test.classes == train.classes and test.labels.unique().tolist() == [1, 2]
+    torch.manual_seed(0)
+    assert 0 <= knn_accuracy(Encoder("small"), train, test, k=3) <= 100
+
+
+@pytest.mark.parametrize("decode", ["once", "as_needed"])
+def test_sets_whose_classes_differ_are_refused(home, decode):
+    write(home / "a", 12, ("owl", "tit", "wren"), size=(20, 20))
     write(home / "b", 8, ("tit", "wren"), size=(20, 20), first=100)
-    train, other = load("a"), load("b")
+    write(home / "c", 8, ("owl", "tit"), size=(20, 20), first=100)
+    train = load("a", decode=decode)
     torch.manual_seed(0)
     encoder = Encoder("small")
-    right = other.labels + 1  # tit is 1 of a, and 0 of b
-    renumbered = InMemory(other.images, right, train.classes)
-    for data in (other, load("b", decode="as_needed")):
-        found = knn_accuracy(encoder, train, data, k=3)
-        assert found == knn_accuracy(encoder, train, renumbered, k=3)
-    write(home / "c", 8, ("tit", "jay"), size=(20, 20), first=100)
-    with pytest.raises(InputError, match="the class 'jay', but the training set has no class"):
-        knn_accuracy(encoder, train, load("c"))
+    with pytest.raises(InputError, match="label 0 is 'tit' in the test set, but 'owl' in the tra"):
+        knn_accuracy(encoder, train, load("b", decode=decode))
+    with pytest.raises(InputError, match="label 2 is None in the test set, but 'wren' in the tra"):
+        read_out(encoder, train, load("c", decode=decode), ["knn_backbone"])
 
 
 def equal_as_parquet(folder, parquet):
