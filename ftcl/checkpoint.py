@@ -33,7 +33,7 @@ from .record import difference
 from .scores import ScoreRecorder
 from .transform import FeatureTransform
 
-# %% ../nbs/12_checkpoint.ipynb #3d00a393
+# %% ../nbs/12_checkpoint.ipynb #5fbb1d97
 @dataclass
 class Written:
     "How much of a run's scores lies on the disk"
@@ -57,6 +57,7 @@ class State:
     loss_count: int = 0  # of the epoch's earlier steps
     seconds: float = 0.0  # spent on training
     n_train: int = 0  # images
+    images_sum: str = ""  # of the images, as `data.images_sum` gives it
     saved: int = -1  # steps that the checkpoint at `path` has seen
     weights_sum: str = ""  # `content_hash` of the file of initial weights
     made_with: list = field(default_factory=list)  # `provenance`, once for each device or code
@@ -168,10 +169,10 @@ def read_history(
         "remove the checkpoint to begin anew."
     )
 
-# %% ../nbs/12_checkpoint.ipynb #9d981274
+# %% ../nbs/12_checkpoint.ipynb #1487104d
 CHECKPOINT = {"format": "ftcl-checkpoint", "schema": "2"}
 NOTE = {  # What a run's note holds
-    "params", "step", "seconds", "n_train", "weights_sum", "made_with", "columns",
+    "params", "step", "seconds", "n_train", "images_sum", "weights_sum", "made_with", "columns",
     "epoch_columns", "loss_sum", "loss_count", "written",
 }
 
@@ -232,6 +233,7 @@ def as_bytes(
         step=s.step,
         seconds=s.seconds,
         n_train=s.n_train,
+        images_sum=s.images_sum,
         weights_sum=s.weights_sum,
         made_with=s.made_with,
         columns=s.recorder.columns,
@@ -406,7 +408,7 @@ def load_state(
         why = str(e).splitlines()[-1].strip()[:300].rstrip(" .")
         raise InputError(f"the checkpoint {path} does not fit its own parameters: {why}.") from None
 
-# %% ../nbs/12_checkpoint.ipynb #e4c2fe14
+# %% ../nbs/12_checkpoint.ipynb #fc2f2004
 def load_momentum(
     optimizer: torch.optim.Optimizer,  # Filled in place
     tensors: dict,  # Of a checkpoint
@@ -435,6 +437,9 @@ def refuse_other_data(
     if note["n_train"] != s.n_train:
         images = note["n_train"]
         raise InputError(f"{path} was made with {images} images, but now there are {s.n_train}.")
+    if note["images_sum"] != s.images_sum:
+        name = s.params["dataset"]
+        raise InputError(f"{path} was made with other images or labels than {name!r} holds now.")
     if note["weights_sum"] != s.weights_sum:
         file = s.params["weights"]
         raise InputError(f"{path} began with other weights than those that lie in {file} now.")

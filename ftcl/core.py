@@ -225,7 +225,7 @@ class Processes(NamedTuple):
         "The rows that belong to this process"
         return x.chunk(self.count)[self.rank]
 
-# %% ../nbs/00_core.ipynb #f06f7217
+# %% ../nbs/00_core.ipynb #cb58bc43
 def _check_path_text(
     what: str,  # The parameter's name, for a message
     text: str,
@@ -234,7 +234,7 @@ def _check_path_text(
     if "\0" in text:
         raise InputError(f"{what} is {shown(text)}, but must be a path without a null byte.")
     try:
-        os.fsencode(text)
+        text.encode()
     except UnicodeEncodeError:
         raise InputError(f"{what} is {shown(text)}, which no file can be called.") from None
 

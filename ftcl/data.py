@@ -7,8 +7,8 @@ __all__ = ['SHAPES', 'MOST_PIXELS', 'SHAPES_SIZES', 'DATASETS', 'MOST_SIZE', 'MO
            'CACHE_VERSION', 'CACHE_AFTER', 'MOST_CACHED', 'ImageSet', 'Part', 'check_images', 'InMemory', 'Tiles',
            'cut_tiles', 'shapes', 'shapes_split', 'check_size', 'fitted', 'OnDisk', 'decode_all', 'some_sizes',
            'image_shape', 'resolve_workers', 'spread', 'resolve_decode', 'cache_folder', 'content_key', 'read_cached',
-           'write_cached', 'decode_once', 'load', 'check_set', 'shuffled', 'set_aside', 'Sets', 'run_sets',
-           'split_images']
+           'write_cached', 'decode_once', 'load', 'check_set', 'shuffled', 'set_aside', 'Sets', 'images_sum',
+           'data_splits', 'run_sets', 'split_images']
 
 # %% ../nbs/01_data.ipynb #56f841ee
 import hashlib
@@ -687,7 +687,7 @@ def set_aside(
         train = train.take(shuffled(left)[:n_images])
     return train, held
 
-# %% ../nbs/01_data.ipynb #3498c842
+# %% ../nbs/01_data.ipynb #383ab66d
 class Sets(NamedTuple):
     "What a run trains on, and what it is measured on"
     train: ImageSet
@@ -695,19 +695,38 @@ class Sets(NamedTuple):
     test: ImageSet | None  # labelled images that they are tested on
     decode: str  # of the images to train on: `once` or `as_needed`
     measured_on: str  # in words
+    images_sum: str  # `images_sum` of the images to train on
 
-# %% ../nbs/01_data.ipynb #bae0840f
-def _splits(name):
-    "The splits of a data set"
+def images_sum(
+    data: ImageSet,
+) -> str:  # 64 hexadecimal digits
+    "A hash of a set's length, its labels, and 256 of its images, evenly spread, as they are stored"
+    total = hashlib.sha256(str(len(data)).encode())
+    if data.labels is not None:
+        total.update(data.labels.cpu().numpy().tobytes())
+    last = len(data) - 1
+    chosen = torch.linspace(0, last, min(len(data), 256), dtype=torch.float64).round().long()
+    if isinstance(data, OnDisk):
+        for i in chosen.tolist():
+            total.update(hashlib.sha256(encoded_bytes(*data.item(i))).digest())
+    elif len(data):
+        total.update(data.batch(chosen).cpu().numpy().tobytes())
+    return total.hexdigest()
+
+# %% ../nbs/01_data.ipynb #149b307a
+def data_splits(
+    name: str,  # As in `load`
+) -> list:
+    "The splits of a data set; raises `InputError` for one that cannot be found or read"
     return ["train", "test"] if name in DATASETS else split_names(name)
 
 def _measuring_splits(dataset, evaluate_on):
     "The data set that `evaluate_on` names, and its splits for bank and test: two, or one for both"
-    own = _splits(dataset)
+    own = data_splits(dataset)
     if evaluate_on in own or SPLITS.get(evaluate_on.lower()) in own:
         return dataset, [evaluate_on]
     try:
-        splits = _splits(evaluate_on)
+        splits = data_splits(evaluate_on)
     except InputError as e:
         hint = nearest(evaluate_on, own)
         why = f".{hint}" if hint else f": {e}"
@@ -819,7 +838,7 @@ def _ready_to_measure(images, decode):
     split = replace(images, indices=None)  # the whole split decides, not the part that is taken
     return _ready(images, resolve_decode(split, "auto"))
 
-# %% ../nbs/01_data.ipynb #e970c1d8
+# %% ../nbs/01_data.ipynb #58212231
 def run_sets(
     dataset: str,  # A name, as in `load`
     size: int | None = None,  # As in `load`
@@ -854,11 +873,12 @@ def run_sets(
         bank, test, words = _on_nothing(what)
     else:
         bank, test, words = _on_test_split(dataset, trained, size, columns)
+    total = images_sum(train)
     train = _ready(train, decode)
     if test is None:
-        return Sets(train, None, None, decode, words)
+        return Sets(train, None, None, decode, words, total)
     bank = train if bank is None else _ready_to_measure(bank, decode)
-    return Sets(train, bank, _ready_to_measure(test, decode), decode, words)
+    return Sets(train, bank, _ready_to_measure(test, decode), decode, words, total)
 
 # %% ../nbs/01_data.ipynb #67dba57a
 def split_images(

@@ -8,12 +8,13 @@ __all__ = ['STEMS', 'SIDE_EXITS', 'ENCODERS', 'PROBES', 'SLOW_COPIES', 'CLASSIFI
            'call_backbone', 'feature_width', 'backbone', 'projection', 'SplitBN', 'split_bn', 'check_splits',
            'batch_parts', 'load_weights', 'Encoder', 'ema_update', 'momentum_value']
 
-# %% ../nbs/07_encoder.ipynb #b1a652a1
+# %% ../nbs/07_encoder.ipynb #15a73531
 import math
 import os
 import warnings
 from collections import Counter
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from itertools import chain
 from numbers import Real
@@ -305,7 +306,7 @@ def feature_width(
         "set its attribute `width`."
     )
 
-# %% ../nbs/07_encoder.ipynb #5fc42e22
+# %% ../nbs/07_encoder.ipynb #7480c48f
 def backbone(
     net: str | nn.Module,  # A name as in `encoder_name`, or a module (B, 3, H, W) -> (B, F)
     stem: str = "small",  # Of a torchvision ResNet: `small` or `imagenet`; others have their own
@@ -317,7 +318,7 @@ def backbone(
             raise InputError(f"encoder is {shown(net)}, but must be a name or a module.")
         name = encoder_name(net)
         if name in ENCODERS:
-            net = ENCODERS[name](stem)
+            net = deepcopy(ENCODERS[name](stem))  # a run never trains what another began with
         elif name.startswith("timm/"):
             net = _timm_backbone(name)
         else:

@@ -50,7 +50,7 @@ def _entries(
         f"tensors loss, pos (B,) and neg (B, K), and may add {', '.join(_OPTIONAL)}.{hint}"
     )
 
-# %% ../nbs/16_lightning.ipynb #18de8aee
+# %% ../nbs/16_lightning.ipynb #387c2878
 class ScoreCallback(Callback):
     "Records the scores that `training_step` returns, draws them meanwhile, writes one Parquet file"
     def __init__(self,
@@ -176,10 +176,17 @@ class ScoreCallback(Callback):
     def state_dict(self):
         "What a checkpoint keeps"
         columns = self.recorder.columns
-        return dict(step=self.step, columns=columns, table=self.recorder.table())
+        taus = [self.recorder.tau, self.recorder.tau_pos]
+        return dict(step=self.step, columns=columns, table=self.recorder.table(), taus=taus)
 
     def load_state_dict(self, state):
         "Go on with the record of a checkpoint; raises `InputError` if there is none in it"
+        own = [self.recorder.tau, self.recorder.tau_pos]
+        if isinstance(state, dict) and state.get("taus", own) != own:
+            raise InputError(
+                f"tau and tau_pos are {own}, but the record of the checkpoint was made with "
+                f"{state['taus']}: give the same."
+            )
         try:
             self._restore(whole("step", state["step"], 0), state["columns"], state["table"].cpu())
         except (KeyError, TypeError, AttributeError, InputError):

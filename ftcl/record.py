@@ -294,7 +294,7 @@ def odd_entry(
             return key
     return "" if all(map(is_epoch, record.get("epochs", []))) else "epochs"
 
-# %% ../nbs/11_record.ipynb #608becf4
+# %% ../nbs/11_record.ipynb #c6110b06
 def refuse_constant(
     name: str,  # `NaN`, `Infinity`, `-Infinity`
 ):
@@ -325,7 +325,7 @@ def read_json(
         )
     except (OSError, ValueError, RecursionError) as e:
         why = getattr(e, "strerror", None) or " ".join(str(e).split())
-        raise InputError(f"{what} {path} cannot be read: {why}.") from None
+        raise InputError(f"{what} {path} cannot be read ({why}): mend or remove it.") from None
 
 def read_record(
     path: str,  # The `.json` of a run

@@ -12,7 +12,7 @@ __all__ = ['SETTINGS', 'ROUNDING', 'LOOP_COLUMNS', 'Decode', 'ImageColumn', 'Pre
            'check_encoder', 'finished_run', 'tidy_up', 'decided', 'run_to_record', 'go_on', 'pretrain', 'start',
            'sets_to_measure', 'some_of', 'how_far', 'evaluate_checkpoint']
 
-# %% ../nbs/13_train.ipynb #224da2a0
+# %% ../nbs/13_train.ipynb #6ac369dd
 import atexit
 import math
 import os
@@ -32,7 +32,8 @@ from .checkpoint import State, beside, chained, load_checkpoint, load_encoder, r
 from .checkpoint import read_rows, refuse_other_run, remove_parts, save_checkpoint, steps_of
 from .core import LAYERS, MIX, ORDER, PRECISIONS, VIEWS, InputError, Processes
 from .core import alone, locked, nearest, remove_unfinished, resolve_precision, seeded, shown
-from .data import DECODES, MOST_WORKERS, ImageSet, Sets, resolve_workers, run_sets, shuffled
+from .data import DECODES, MOST_WORKERS, ImageSet, Sets, data_splits, resolve_workers
+from .data import run_sets, shuffled
 from .encoder import STEMS, encoder_name
 from .evaluate import READOUTS, ReadoutSettings, check_sets, class_count, read_out
 from .method import METHODS, NEG_QUERIES, Method, augmentation_of, build_method
@@ -498,7 +499,7 @@ def train_to_end(
         )
     return s.step == total
 
-# %% ../nbs/13_train.ipynb #aea602ef
+# %% ../nbs/13_train.ipynb #d197906c
 def make_record(
     s: State,
     sets: Sets,
@@ -516,6 +517,7 @@ def make_record(
         metrics=metrics,
         measured_on=sets.measured_on,
         n_train=s.n_train,
+        images_sha256=s.images_sum,
         n_test=len(sets.test) if sets.test is not None else 0,
         steps=s.step,
         epochs=s.epochs,
@@ -648,7 +650,7 @@ def decided(
         return p["decode"]
     return read_note(checkpoint)["params"]["decode"]
 
-# %% ../nbs/13_train.ipynb #f22825de
+# %% ../nbs/13_train.ipynb #d20615b3
 def run_to_record(
     s: State,  # Before its first step
     sets: Sets,
@@ -656,6 +658,7 @@ def run_to_record(
     "A run from wherever it is to its record; raises as `go_on`, or if another process runs it"
     p = s.params
     s.n_train = len(sets.train)
+    s.images_sum = sets.images_sum
     if s.n_train < p["batch_size"]:
         raise InputError(f"batch_size is {p['batch_size']}, but there are {s.n_train} images.")
     if sets.test is not None and (p["knn_every"] or readout_names(p["readouts"])):
@@ -882,26 +885,33 @@ def start(
     p["decode"] = sets.decode
     return s, sets
 
-# %% ../nbs/13_train.ipynb #ebe13595
+# %% ../nbs/13_train.ipynb #d5fc9ea3
 def sets_to_measure(
     p: dict,  # Parameters of `evaluate_checkpoint`
     trained: dict,  # Parameters of the pretraining
 ) -> Sets:
     "The images to read out on; raises `InputError` if they have no labels"
     own = not p["dataset"]
+    if p["dataset"] == trained["dataset"] and trained["split"] != "train":
+        split = trained["split"]
+        raise InputError(
+            f"the encoder was trained on the split {split!r} of {p['dataset']!r}: leave dataset "
+            "empty to measure as the run did, or give another."
+        )
     columns = {}
     for name in ("image_column", "label_column"):
         columns[name] = p[name] or (trained[name] if own else "")
     size = trained["size"] or None
-    if own and trained["evaluate_on"]:
-        of_run = {name: trained[name] for name in ("split", "evaluate_on")}
-        sets = run_sets(trained["dataset"], size, decode=p["decode"], **of_run, **columns)
-        return sets._replace(bank=some_of(sets.bank, p["n_images"]))
     name = p["dataset"] or trained["dataset"]
-    sets = run_sets(name, size, n_images=p["n_images"], decode=p["decode"], **columns)
+    of_run = {}
+    if own:
+        of_run = {name: trained[name] for name in ("split", "evaluate_on", "holdout")}
+    elif not {"test", "validation"} & set(data_splits(name)):
+        raise InputError(f"dataset {name!r} has no test split: give one that has train and test.")
+    sets = run_sets(name, size, decode=p["decode"], **of_run, **columns)
     if sets.test is None:
         raise InputError(f"{name!r} has no labels, but must have them: give another `dataset`.")
-    return sets
+    return sets._replace(bank=some_of(sets.bank, p["n_images"]))
 
 def some_of(
     images: ImageSet,
@@ -927,7 +937,7 @@ def evaluate_checkpoint(
         str, Param("what pretrain wrote, ends in .safetensors; the notebook makes one if empty")
     ],
     dataset: Annotated[
-        str, Param("shapes, a folder, or a Hugging Face id; empty: that of the pretraining")
+        str, Param("shapes, a folder, or a Hugging Face id, on its test split; empty: as the run")
     ] = "",
     n_images: Annotated[int, Param("read out from n of the training images; 0: all", least=0)] = 0,
     decode: Decode = "auto",
@@ -950,7 +960,7 @@ def evaluate_checkpoint(
     name: Annotated[str, Param("file name of the record", "files")] = "evaluate",
     workers: Workers = -1,
 ) -> dict:  # The record
-    "Accuracy (%) of every readout by its name, on the test split; raises `InputError`"
+    "Accuracy (%) of every readout by its name, measured as the run was; raises `InputError`"
     p = dict(
         checkpoint=checkpoint, dataset=dataset, n_images=n_images, decode=decode,
         image_column=image_column, label_column=label_column, readouts=readouts, k=k, t=t,

@@ -718,3 +718,52 @@ def test_flush_waits_for_files_and_folders(tmp_path):
     flush(tmp_path)
     with pytest.raises(OSError):
         flush(tmp_path / "none")
+
+
+SMALL = dict(size=16, epochs=1, dim=8, precision="fp32", progress=False)
+
+
+def test_other_images_under_the_same_name_are_refused(tmp_path):
+    "As many, and of the same size; only what they show is another"
+    folder = tmp_path / "set"
+    small = dict(SMALL, dataset=str(folder), holdout=0, n_images=0, batch_size=8, readouts="none")
+    small |= dict(out=str(tmp_path / "runs"), name="run", queue_size=16)
+
+    def draw(seed):
+        rng = np.random.default_rng(seed)
+        folder.mkdir(exist_ok=True)
+        for i in range(16):
+            pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i:02}.png")
+
+    draw(0)
+    pretrain(**small, stop_after=1)
+    draw(1)
+    with pytest.raises(InputError, match="other images or labels than"):
+        pretrain(**small, resume=True)
+    draw(0)
+    assert pretrain(**small, resume=True)["images_sha256"]
+
+
+def test_a_run_that_held_images_out_is_measured_on_them_again(tmp_path):
+    folder = tmp_path / "set"
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        path = folder / "ab"[i % 2] / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(path)
+    small = dict(SMALL, dataset=str(folder), holdout=8, n_images=0, batch_size=8, queue_size=16)
+    record = pretrain(**small, out=str(tmp_path), name="run")
+    how = dict(out=str(tmp_path), readouts="knn_backbone", precision="fp32")
+    again = evaluate_checkpoint(str(tmp_path / "run.safetensors"), **how)
+    assert (again["n_train"], again["n_test"]) == (16, 8)
+    assert again["measured_on"] == record["measured_on"] == "held-out training images"
+    assert again["metrics"]["knn_backbone"] == record["metrics"]["knn_backbone"]
+    with pytest.raises(InputError, match="no test split: give one that has train and test"):
+        evaluate_checkpoint(str(tmp_path / "run.safetensors"), str(folder), **how | dict(name="b"))
+
+
+def test_a_name_that_is_no_text_is_refused_before_anything_is_made(tmp_path):
+    with pytest.raises(InputError, match="which no file can be called"):
+        run(tmp_path / "runs", name="a\udcff")
+    assert not list(tmp_path.iterdir())
