@@ -10,7 +10,7 @@ __all__ = ['SHAPES', 'MOST_PIXELS', 'SHAPES_SIZES', 'DATASETS', 'MOST_SIZE', 'MO
            'write_cached', 'decode_once', 'load', 'check_set', 'shuffled', 'set_aside', 'Sets', 'images_sum',
            'data_splits', 'run_sets', 'split_images']
 
-# %% ../nbs/01_data.ipynb #56f841ee
+# %% ../nbs/01_data.ipynb #a9a6148d
 import hashlib
 import math
 import os
@@ -40,7 +40,7 @@ from tqdm import tqdm
 from .core import HOLDOUT, InputError, alone, as_path, check_shapes, nearest, one_of
 from .core import replacing, seeded, shown, whole
 from .files import SPLITS, Listing, decode_image, encoded_bytes, find_source, image_size
-from .files import list_images, split_names
+from .files import has_columns, list_images, split_names
 
 # %% ../nbs/01_data.ipynb #791df6ff
 class ImageSet(ABC):
@@ -713,7 +713,7 @@ def images_sum(
         total.update(data.batch(chosen).cpu().numpy().tobytes())
     return total.hexdigest()
 
-# %% ../nbs/01_data.ipynb #149b307a
+# %% ../nbs/01_data.ipynb #3b8acd2c
 def data_splits(
     name: str,  # As in `load`
 ) -> list:
@@ -766,6 +766,14 @@ class _Split(NamedTuple):
                 found.add((resolved(folder), name))
         return found
 
+def _columns_of(dataset, evaluate_on, columns):
+    "The columns of a data set, and those of the one to measure on: a folder of images has none"
+    if not evaluate_on or _measuring_splits(dataset, evaluate_on)[0] == dataset:
+        return columns, columns
+    if dataset in DATASETS or not has_columns(dataset):
+        return ("", ""), columns
+    return columns, ("", "")
+
 def _refuse_trained(trained, measured):
     "Raise `InputError` if a split to test on has images that are trained on"
     places = (trained.place(), measured.place())
@@ -781,7 +789,7 @@ def _refuse_trained(trained, measured):
             f"{what!r} would be trained on and measured on: set `holdout`, or name another split."
         )
 
-# %% ../nbs/01_data.ipynb #3c3b4d61
+# %% ../nbs/01_data.ipynb #1d316336
 class _Measured(NamedTuple):
     "What readouts fit on and are tested on; nothing of it is decoded yet"
     bank: ImageSet | None  # None: the images that are trained on
@@ -791,7 +799,7 @@ class _Measured(NamedTuple):
 def _on_another_set(evaluate_on, dataset, trained, size, columns):
     "Bank and test where `evaluate_on` names them"
     name, splits = _measuring_splits(dataset, evaluate_on)
-    image_column, label_column = columns if name == dataset else ("", "")
+    image_column, label_column = columns
     label_column = "" if label_column == "none" else label_column
     found = [_found(name, split, size, image_column, label_column) for split in splits]
     _refuse_trained(trained, _Split(name, splits[-1], found[-1]))
@@ -838,7 +846,7 @@ def _ready_to_measure(images, decode):
     split = replace(images, indices=None)  # the whole split decides, not the part that is taken
     return _ready(images, resolve_decode(split, "auto"))
 
-# %% ../nbs/01_data.ipynb #58212231
+# %% ../nbs/01_data.ipynb #53119b5f
 def run_sets(
     dataset: str,  # A name, as in `load`
     size: int | None = None,  # As in `load`
@@ -848,13 +856,14 @@ def run_sets(
     evaluate_on: str = "",  # A split, or another data set, to measure on; empty: the data set
     decode: str = "auto",  # One of `DECODES`, of the images to train on
     image_column: str = "",  # As in `load`
-    label_column: str = "",  # As in `load`
+    label_column: str = "",  # As in `load`; where `dataset` is a folder: of the set to measure on
 ) -> Sets:
     "What a run needs; raises `InputError` for what does not fit together, and as `load` does"
     if not isinstance(evaluate_on, str):
         raise InputError(f"evaluate_on is {shown(evaluate_on)}, but must be text.")
     columns = (image_column, label_column)
-    images = _found(dataset, split, size, *columns)
+    own, others = _columns_of(dataset, evaluate_on, columns)
+    images = _found(dataset, split, size, *own)
     trained = _Split(dataset, split, images)
     what = _called(images, dataset, split)
     if holdout and (evaluate_on or images.labels is None):
@@ -866,7 +875,7 @@ def run_sets(
     decode = resolve_decode(images, decode)
     train, held = set_aside(dataset, images, holdout, n_images)
     if evaluate_on:
-        bank, test, words = _on_another_set(evaluate_on, dataset, trained, size, columns)
+        bank, test, words = _on_another_set(evaluate_on, dataset, trained, size, others)
     elif len(held):
         bank, test, words = _on_held_out(held)
     elif images.labels is None:

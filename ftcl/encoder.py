@@ -306,7 +306,18 @@ def feature_width(
         "set its attribute `width`."
     )
 
-# %% ../nbs/07_encoder.ipynb #7480c48f
+# %% ../nbs/07_encoder.ipynb #985f65f1
+def _built(name, stem):
+    "What a function of `ENCODERS` gives, as a copy: a run never trains what another began with"
+    try:
+        return deepcopy(ENCODERS[name](stem))
+    except InputError:
+        raise
+    except Exception as e:
+        raise InputError(
+            f"ENCODERS[{name!r}] fails ({_reason(e)}): it must take a stem and give a module."
+        ) from e
+
 def backbone(
     net: str | nn.Module,  # A name as in `encoder_name`, or a module (B, 3, H, W) -> (B, F)
     stem: str = "small",  # Of a torchvision ResNet: `small` or `imagenet`; others have their own
@@ -318,7 +329,7 @@ def backbone(
             raise InputError(f"encoder is {shown(net)}, but must be a name or a module.")
         name = encoder_name(net)
         if name in ENCODERS:
-            net = deepcopy(ENCODERS[name](stem))  # a run never trains what another began with
+            net = _built(name, stem)
         elif name.startswith("timm/"):
             net = _timm_backbone(name)
         else:

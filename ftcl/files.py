@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HUB', 'FORMATS', 'ENDINGS', 'TURNS', 'SPLITS', 'Listing', 'written', 'find_source', 'encoded_bytes', 'decode_image',
-           'image_size', 'split_names', 'list_images']
+           'image_size', 'split_names', 'has_columns', 'list_images']
 
 # %% ../nbs/00b_files.ipynb #ab4f017e
 import ctypes
@@ -285,14 +285,18 @@ def image_size(
             width, height = image.tag_v2[256], image.tag_v2[257]
         return (height, width) if _orientation(image) >= 5 else (width, height)
 
-# %% ../nbs/00b_files.ipynb #4c4b64a8
+# %% ../nbs/00b_files.ipynb #2235308d
+def _nearly_largest(values):
+    "A value that one in a thousand exceeds: a single hot pixel of a camera says nothing"
+    return int(np.quantile(values, 0.999, method="higher"))
+
 def _largest(image):
-    "The largest value of an image of 16 bits, at most; -1 for other images"
+    "Nearly the largest value of an image of 16 bits, at most; -1 for other images"
     raw = str(image.tile[0][3]) if image.tile else ""  # how pillow unpacks the file
     if image.mode.startswith("I") and _white(image) == 65535:
-        return int(np.asarray(image).max())
+        return _nearly_largest(np.asarray(image))
     if ";16" in raw and image.mode != "F":
-        return 256 * int(np.asarray(image.convert("RGB")).max()) + 255
+        return 256 * _nearly_largest(np.asarray(image.convert("RGB"))) + 255
     return -1
 
 def _too_dark(items):
@@ -1041,7 +1045,14 @@ def split_names(
         return list(_parquet_splits(name, tree.parquet))
     return list(_split_folders(tree)) or ["train"]
 
-# %% ../nbs/00b_files.ipynb #9e560092
+# %% ../nbs/00b_files.ipynb #091b3b16
+def has_columns(
+    name,  # As in `list_images`
+) -> bool:
+    "Whether a data set is a table, not a folder of images; raises `InputError` as `split_names`"
+    source = find_source(name)
+    return not os.path.isabs(source) or not _open_folder(name, source).ends
+
 def _no_columns(name, image_column, label_column):
     "Raise `InputError` for columns of a folder of images"
     asked = dict(image_column=image_column, label_column=label_column)

@@ -611,7 +611,8 @@ def test_no_image_is_trained_on_and_measured_on_however_it_is_spelt(home, tmp_pa
         write(home / "set" / split, 10, ("owl", "tit"), size=(20, 20), first=first)
     os.symlink(home / "lab", tmp_path / "link")
     monkeypatch.chdir(tmp_path)
-    for other in (f"{home}/lab", f"{home}/lab/", f"{home}/set/../lab", "link", str(tmp_path / "link")):
+    link = str(tmp_path / "link")
+    for other in (f"{home}/lab", f"{home}/lab/", f"{home}/set/../lab", "link", link):
         for one, two in (("lab", other), (other, "lab")):
             with pytest.raises(InputError, match="trained on and measured on"):
                 run_sets(one, evaluate_on=two)
@@ -619,6 +620,24 @@ def test_no_image_is_trained_on_and_measured_on_however_it_is_spelt(home, tmp_pa
         run_sets(f"{home}/set/Test", evaluate_on="set")
     sets = run_sets(f"{home}/set/train", evaluate_on="set")
     assert (len(sets.train), len(sets.bank), len(sets.test)) == (10, 10, 10)
+
+
+def test_columns_are_those_of_the_table_among_two_sets(home):
+    write(home / "free", 6, size=(20, 20))
+    kinds = {name: datasets.ClassLabel(names=["owl", "tit"]) for name in ("coarse", "fine")}
+    columns = dict(image=[photograph(i, 20, 20) for i in range(10)], coarse=[0] * 10)
+    columns["fine"] = [0, 1] * 5
+    features = datasets.Features(dict(image=datasets.Image(), **kinds))
+    (home / "table").mkdir()
+    path = home / "table" / "train.parquet"
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(str(path))
+    with pytest.raises(InputError, match="label_column. to one of coarse, fine"):
+        run_sets("free", evaluate_on="table")
+    sets = run_sets("free", evaluate_on="table", label_column="fine")
+    assert sorted(torch.cat([sets.bank.labels, sets.test.labels]).tolist()) == [0] * 5 + [1] * 5
+    with pytest.raises(InputError, match="label_column is 'fnie'"):
+        run_sets("free", evaluate_on="table", label_column="fnie")
+    assert len(run_sets("table", evaluate_on="shapes", label_column="fine", size=20).test) == 1024
 
 
 def test_labels_that_a_split_lacks_are_done_without(home, capsys):

@@ -698,3 +698,21 @@ def test_dropout_resumes_exactly_and_leaves_the_callers_random_numbers(tmp_path)
         del ENCODERS["dropping"]
     whole, cut = (load_file(tmp_path / folder / "run.safetensors") for folder in ("whole", "cut"))
     assert whole and all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_an_entry_of_encoders_that_fails_or_shares_its_module():
+    shared = small_resnet((4, 8))
+    entries = dict(shared=lambda stem: shared, fails=lambda: shared, raises=lambda stem: 1 / 0)
+    ENCODERS.update(entries)
+    try:
+        one = Encoder("shared").backbone
+        assert one is not shared
+        with torch.no_grad():
+            one[0].weight.zero_()
+        assert Encoder("shared").backbone[0].weight.any()
+        for name in ("fails", "raises"):
+            with pytest.raises(InputError, match=f"ENCODERS.'{name}'. fails .*must take a stem"):
+                Encoder(name)
+    finally:
+        for name in entries:
+            del ENCODERS[name]

@@ -686,6 +686,11 @@ def test_twelve_bits_in_sixteen_are_said(tmp_path):
     assert "by 4 " in list_images(write_sixteen(tmp_path / "c", [16383])).note
     assert list_images(write_sixteen(tmp_path / "d", [16384, 100])).note == ""
     assert list_images(write_sixteen(tmp_path / "e", [0, 0])).note == ""
+    hot = np.random.default_rng(0).integers(0, 4096, (64, 64)).astype(np.uint16)
+    hot[3, 5] = 65535  # one pixel of the camera is broken
+    (tmp_path / "hot").mkdir()
+    Image.fromarray(hot).save(tmp_path / "hot" / "1.png")
+    assert "by 16" in list_images(tmp_path / "hot").note
     colour = tmp_path / "f"
     colour.mkdir()
     (colour / "1.png").write_bytes(png(1, 1, 16, 2, struct.pack(">3H", 4095, 0, 7)))
