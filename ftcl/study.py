@@ -116,7 +116,7 @@ def arms(
     setting = "-".join([mixing, *(name + as_text(p[name]) for name in changed)])
     return {"none": p | plain, setting: p}
 
-# %% ../nbs/14_study.ipynb #f34f9f1a
+# %% ../nbs/14_study.ipynb #0ea6b90a
 class OnceOnly(yaml.SafeLoader):
     "Reads YAML, but refuses a name that stands twice, or that is no text"
     def compose_mapping_node(self, anchor):
@@ -150,7 +150,9 @@ def read_studies(
         if path.stat().st_size > 2**20:
             raise ValueError(f"it has {path.stat().st_size:,} bytes, but may have 1 MB")
         studies = yaml.load(path.read_text(encoding="utf-8"), OnceOnly)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
+    except InputError:
+        raise
+    except Exception as e:  # PyYAML lets many kinds pass, as for `!!timestamp x`
         why = " ".join(str(getattr(e, "strerror", None) or e).split())[:300]
         raise InputError(f"{path} cannot be read: {why}.") from None
     if not (isinstance(studies, dict) and studies):

@@ -852,3 +852,11 @@ def test_any_argument_is_taken_or_refused_in_a_sentence(name, tmp_path, monkeypa
             args = [*right[:place], value, *right[place + 1 :]]
             outcome(f, *args)
             plt.close("all")
+
+
+@pytest.mark.parametrize("text", ["a: !!timestamp x", "a: !!int x", "a: !!float ''"])
+def test_what_yaml_cannot_build_is_one_sentence(tmp_path, text):
+    path = tmp_path / "studies.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match="studies.yaml cannot be read: "):
+        read_studies(path)
