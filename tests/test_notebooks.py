@@ -265,10 +265,11 @@ def test_a_record_is_complete(path):
     run = record.read_record(path)
     revision = run["git_revision"]
     assert revision and not revision.endswith("+"), "made with uncommitted code"
-    trained = {"seconds", "measured_on", "n_train", "n_test"} if "steps" in run and "seconds" in run else set()
+    training = "steps" in run and "seconds" in run
+    trained = {"seconds", "measured_on", "n_train", "n_test"} if training else set()
     assert {"parameters", "metrics", "device", "versions"} | trained <= set(run)
     assert run["name"] == path.stem
-    if "steps" in run and "seconds" in run:
+    if training:
         assert path.with_suffix(".parquet").exists()
         assert run["parameters"]["precision"] in ("bf16", "fp32")
 
