@@ -9,7 +9,7 @@ __all__ = ['CHECKPOINT', 'NOTE', 'Written', 'State', 'chained', 'with_rows', 'wr
            'read_note', 'refuse_other_run', 'load_state', 'load_momentum', 'refuse_other_data', 'load_checkpoint',
            'load_method', 'load_encoder']
 
-# %% ../nbs/12_checkpoint.ipynb #41deae96
+# %% ../nbs/12_checkpoint.ipynb #1b4a22fc
 import hashlib
 import json
 import os
@@ -26,7 +26,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import safe_open
 from torch import Tensor, nn
-from .core import InputError, as_path, replacing, shown
+from .core import InputError, as_path, reason, replacing, shown
 from .encoder import Encoder
 from .method import Method, build_method
 from .record import difference
@@ -110,7 +110,7 @@ def read_rows(
         raise InputError(f"{path} {why}.") from None
     return torch.from_numpy(np.stack(values, 1))  # (n, columns)
 
-# %% ../nbs/12_checkpoint.ipynb #9f1da06b
+# %% ../nbs/12_checkpoint.ipynb #c094b4e9
 def beside(
     path: Path,  # Of a checkpoint, ends in `.safetensors`
     ending: str,  # Of another file of the run, as `.json`
@@ -140,7 +140,7 @@ def save_part(
         try:
             part.parent.mkdir(exist_ok=True)
         except OSError as e:
-            raise InputError(f"{part.parent} cannot be made: {e.strerror}.") from None
+            raise InputError(f"{part.parent} cannot be made: {reason(e)}.") from None
         write_rows(rows, columns, part)
     return new
 
@@ -246,7 +246,7 @@ def as_bytes(
     about = CHECKPOINT | {"state": text, "sha256": checksum(tensors, text)}
     return safetensors.torch.save(tensors, about)
 
-# %% ../nbs/12_checkpoint.ipynb #77456455
+# %% ../nbs/12_checkpoint.ipynb #4b1e7d8f
 def remove_parts(
     path: Path,  # Of a checkpoint
 ):
@@ -269,7 +269,7 @@ def remove_earlier(
             beside(path, ending).unlink(missing_ok=True)
         remove_parts(path)
     except OSError as e:
-        raise InputError(f"{e.filename} cannot be removed: {e.strerror}.") from None
+        raise InputError(f"{e.filename} cannot be removed: {reason(e)}.") from None
 
 def keep_previous(
     path: Path,  # Of a checkpoint that is about to be replaced
@@ -311,7 +311,7 @@ def steps_of(
     per_epoch = n_train // p["batch_size"]
     return per_epoch, per_epoch * p["epochs"]
 
-# %% ../nbs/12_checkpoint.ipynb #93c79b1f
+# %% ../nbs/12_checkpoint.ipynb #0b4d76c1
 def _read(
     path: Path,
 ) -> tuple[dict, dict]:  # Tensors, note
@@ -325,8 +325,7 @@ def _read(
             names = file.keys() if ours else []
             tensors = {name: file.get_tensor(name).clone() for name in names}
     except Exception as e:
-        why = shown(" ".join(str(e).split()), 200)
-        raise ValueError(f"cannot be read ({why}): truncated or no safetensors file") from None
+        raise ValueError(f"cannot be read ({reason(e)}): truncated or no safetensors file") from None
     if not ours:
         raise ValueError("is not a checkpoint of ftcl: something else wrote it")
     if about.get("schema") == "1":

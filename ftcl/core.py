@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'VIEWS', 'MIX', 'WEIGHTS', 'START', 'HOLDOUT', 'LAYERS', 'PRECISIONS', 'printable', 'InputError', 'shown',
-           'nearest', 'one_of', 'positive', 'whole', 'check_shapes', 'register', 'seeded', 'row_blocks', 'constant',
-           'cpu_computes_bf16', 'native_precision', 'resolve_precision', 'alone', 'Processes', 'as_path',
-           'as_file_name', 'flush', 'replacing', 'remove_unfinished', 'holder', 'is_gone', 'locked']
+           'reason', 'nearest', 'one_of', 'is_number', 'positive', 'within', 'whole', 'check_shapes', 'register',
+           'seeded', 'row_blocks', 'constant', 'cpu_computes_bf16', 'native_precision', 'resolve_precision', 'alone',
+           'Processes', 'as_path', 'as_file_name', 'flush', 'replacing', 'remove_unfinished', 'holder', 'is_gone',
+           'locked']
 
-# %% ../nbs/00_core.ipynb #771fce01
+# %% ../nbs/00_core.ipynb #95c95d6c
 import math
 import os
 import platform
 import re
 import secrets
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
@@ -57,6 +59,17 @@ def shown(
         text = f"<{type(value).__name__}>"
     return text if len(text) <= most else text[: most - 3] + "..."
 
+# %% ../nbs/00_core.ipynb #adc91340
+def reason(
+    e: BaseException,
+    most: int = 200,  # Characters
+) -> str:
+    "What an exception says, on one short line, without its full stop"
+    lines = str(getattr(e, "strerror", None) or e).strip().splitlines() or [""]
+    said = re.sub(r" ?<[^<>]* at 0x[0-9a-fA-F]+>", "", lines[0]).strip().rstrip(" .:!")
+    said = said or type(e).__name__
+    return said if len(said) <= most else said[: most - 3] + "..."
+
 # %% ../nbs/00_core.ipynb #6cb82053
 def nearest(
     name: str,  # What was written
@@ -80,17 +93,33 @@ def one_of(
     hint = nearest(value, allowed) if isinstance(value, str) else ""
     raise InputError(f"{name} is {shown(value)}, but must be one of {choices}.{hint}")
 
-# %% ../nbs/00_core.ipynb #a7932f01
+# %% ../nbs/00_core.ipynb #1c263dc8
+def is_number(
+    value,
+) -> bool:
+    "Whether it is a finite number that a float can hold, and no bool"
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max
+
 def positive(
     name: str,  # The parameter's name
     value,  # Its value
 ):
     "`value`, if it is a finite number above 0; raises `InputError` otherwise"
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    with suppress(OverflowError):  # a whole number that no float can hold
-        if number and value > 0 and math.isfinite(value):
-            return value
+    if is_number(value) and value > 0:
+        return value
     raise InputError(f"{name} is {shown(value)}, but must be a number above 0 and finite.")
+
+def within(
+    name: str,  # The parameter's name
+    value,  # Its value
+    least: float,
+    most: float,
+) -> float:
+    "`value` as a float; raises `InputError` unless it is a number from `least` to `most`"
+    if is_number(value) and least <= value <= most:
+        return float(value)
+    raise InputError(f"{name} is {shown(value)}, but must be a number from {least} to {most}.")
 
 # %% ../nbs/00_core.ipynb #5e956369
 def whole(
@@ -265,7 +294,7 @@ def as_file_name(
     _check_path_text(what, value)
     return value
 
-# %% ../nbs/00_core.ipynb #89e0a326
+# %% ../nbs/00_core.ipynb #bc52b4c3
 def flush(
     path: Path,  # A file, or a folder
 ):
@@ -293,7 +322,7 @@ def replacing(
         os.replace(part, path)
         flush(path.parent)
     except OSError as e:
-        raise InputError(f"{path} cannot be written: {e.strerror or e}.") from None
+        raise InputError(f"{path} cannot be written: {reason(e)}.") from None
     finally:
         with suppress(OSError):
             part.unlink()
@@ -311,7 +340,7 @@ def remove_unfinished(
             with suppress(OSError):
                 found.unlink()
 
-# %% ../nbs/00_core.ipynb #7ac664f0
+# %% ../nbs/00_core.ipynb #6429b877
 def holder(
     path: Path,  # Of a lock
 ) -> tuple[int, str]:  # Number of a process, its machine; 0 and empty text if nobody says
@@ -356,7 +385,7 @@ def locked(
     except NotImplementedError:
         print(f"{path}: this disk knows no locks, so do not run the same name twice at once.")
     except OSError as e:
-        raise InputError(f"{file} cannot be locked: {e.strerror or e}.") from None
+        raise InputError(f"{file} cannot be locked: {reason(e)}.") from None
     try:
         if lock.is_locked:
             file.write_text(f"{os.getpid()} {platform.node()}")

@@ -6,9 +6,9 @@
 __all__ = ['STEMS', 'SIDE_EXITS', 'ENCODERS', 'PROBES', 'SLOW_COPIES', 'CLASSIFIERS', 'FILE_ENDINGS', 'small_resnet',
            'torchvision_names', 'torchvision_backbone', 'encoder_name', 'check_features', 'first_weight',
            'call_backbone', 'feature_width', 'backbone', 'projection', 'SplitBN', 'split_bn', 'check_splits',
-           'batch_parts', 'load_weights', 'Encoder', 'ema_update', 'momentum_value']
+           'batch_parts', 'load_weights', 'Encoder', 'ema_update']
 
-# %% ../nbs/07_encoder.ipynb #15a73531
+# %% ../nbs/07_encoder.ipynb #7f642081
 import math
 import os
 import warnings
@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from itertools import chain
-from numbers import Real
 from pathlib import Path
 from pickle import UnpicklingError
 import safetensors.torch
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torchvision.models.resnet import BasicBlock
-from .core import InputError, check_shapes, nearest, one_of, shown, whole
+from .core import InputError, check_shapes, nearest, one_of, reason, shown, whole, within
 from .transform import check_memory
 
 # %% ../nbs/07_encoder.ipynb #32d0f5c4
@@ -96,7 +95,7 @@ def torchvision_backbone(
         _he_start(net)
     return net.to(memory_format=torch.channels_last)
 
-# %% ../nbs/07_encoder.ipynb #cfec097d
+# %% ../nbs/07_encoder.ipynb #3e1c10cd
 def _import_timm():  # The module
     "timm; raises `InputError` if it is not installed"
     try:
@@ -127,16 +126,10 @@ def _timm_backbone(
     try:
         net = _import_timm().create_model(model, pretrained=False, num_classes=0)
     except Exception as e:
-        raise InputError(f"encoder is {shown(name)}, which timm cannot build: {_reason(e)}.") from e
+        raise InputError(f"encoder is {shown(name)}, which timm cannot build: {reason(e)}.") from e
     last = net.pretrained_cfg.get("classifier") or ()
     net.taken_off = [last] if isinstance(last, str) else list(last)
     return net.to(memory_format=torch.channels_last)
-
-def _reason(error):
-    "What an error says, on one short line and without its full stop"
-    lines = str(error).strip().splitlines() or [""]
-    said = lines[0].strip().rstrip(".!") or type(error).__name__
-    return said if len(said) <= 200 else said[:197] + "..."
 
 # %% ../nbs/07_encoder.ipynb #6b61e1b5
 def _small_backbone(
@@ -170,7 +163,7 @@ def encoder_name(
         f"torchvision, or timm/ and the name of a model of timm.{nearest(name, known)}"
     )
 
-# %% ../nbs/07_encoder.ipynb #926ce64c
+# %% ../nbs/07_encoder.ipynb #d3d8bdfa
 def check_features(
     h,  # What a backbone gave
     images: int,  # B, how many it was given
@@ -248,10 +241,10 @@ def call_backbone(
         raise
     except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as e:
         raise InputError(
-            f"the {what} cannot take images of shape {tuple(x.shape)}: {_reason(e)}."
+            f"the {what} cannot take images of shape {tuple(x.shape)}: {reason(e)}."
         ) from e
 
-# %% ../nbs/07_encoder.ipynb #d2fa7596
+# %% ../nbs/07_encoder.ipynb #a9153231
 # Sides of the empty images; the smallest come last, since large networks pool them to nothing
 PROBES = [32, 64, 96, 128, 160, 192, 224, 240, 256, 288, 299, 320, 384, 448, 512, 28, 16, 8]
 
@@ -302,11 +295,11 @@ def feature_width(
     if isinstance(said, int):
         return whole("the backbone's width", said, 1)
     raise InputError(
-        f"how many features the backbone gives is unknown, since {_reason(refused[0])}: "
+        f"how many features the backbone gives is unknown, since {reason(refused[0])}: "
         "set its attribute `width`."
     )
 
-# %% ../nbs/07_encoder.ipynb #985f65f1
+# %% ../nbs/07_encoder.ipynb #a9be4365
 def _built(name, stem):
     "What a function of `ENCODERS` gives, as a copy: a run never trains what another began with"
     try:
@@ -315,7 +308,7 @@ def _built(name, stem):
         raise
     except Exception as e:
         raise InputError(
-            f"ENCODERS[{name!r}] fails ({_reason(e)}): it must take a stem and give a module."
+            f"ENCODERS[{name!r}] fails ({reason(e)}): it must take a stem and give a module."
         ) from e
 
 def backbone(
@@ -436,7 +429,7 @@ def batch_parts(
     _check_module("net", net)
     return math.lcm(*(layer.splits for layer in net.modules() if isinstance(layer, SplitBN)))
 
-# %% ../nbs/07_encoder.ipynb #ef199ef6
+# %% ../nbs/07_encoder.ipynb #81b251e3
 def _read_tensors(
     path: str,  # A file
 ) -> dict[str, Tensor]:
@@ -452,7 +445,7 @@ def _read_tensors(
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         objects = isinstance(e, UnpicklingError)
-        why = "it holds objects, not tensors alone, or is damaged" if objects else _reason(e)
+        why = "it holds objects, not tensors alone, or is damaged" if objects else reason(e)
         raise InputError(
             f"the weights {path} cannot be read ({why}): "
             "save a state dict, by safetensors or torch.save."
@@ -568,7 +561,7 @@ def _left_over(
             )
     return left
 
-# %% ../nbs/07_encoder.ipynb #2a9e4c94
+# %% ../nbs/07_encoder.ipynb #7031c044
 def _named_weights(
     encoder: str,  # A name as in `encoder_name`; empty: a module without one
     weights: str,  # A name of its weights, or `DEFAULT`
@@ -595,7 +588,7 @@ def _named_weights(
         return entry.get_state_dict(progress=False, check_hash=True)
     except Exception as e:
         raise InputError(
-            f"the weights {weights} of {encoder} cannot be fetched ({_reason(e)}): "
+            f"the weights {weights} of {encoder} cannot be fetched ({reason(e)}): "
             "without a network, give a file."
         ) from None
 
@@ -699,7 +692,7 @@ class Encoder(nn.Module):
         "The last layer, which makes z"
         return self.head if isinstance(self.head, nn.Linear) else self.head[-1]
 
-# %% ../nbs/07_encoder.ipynb #0677de4d
+# %% ../nbs/07_encoder.ipynb #f472a0d1
 @torch.no_grad()
 def ema_update(
     key: nn.Module,  # Changed in place
@@ -707,7 +700,7 @@ def ema_update(
     m: float,  # From 0 (copies `query`) to 1 (keeps `key`)
 ):
     "theta_k <- m theta_k + (1 - m) theta_q, parameters only; raises `InputError` for other shapes"
-    share = 1 - momentum_value("m", m)
+    share = 1 - within("m", m, 0, 1)
     theta_k = _parameters("key", key)
     theta_q = _parameters("query", query)
     if [p.shape for p in theta_k] != [p.shape for p in theta_q]:
@@ -720,15 +713,6 @@ def ema_update(
             )
     if theta_k:
         torch._foreach_lerp_(theta_k, theta_q, share)
-
-def momentum_value(
-    name: str,  # The parameter's name
-    m,  # Its value
-) -> float:
-    "`m` as a float; raises `InputError` unless it is a number from 0 to 1"
-    if isinstance(m, Real) and not isinstance(m, bool) and 0 <= m <= 1:
-        return float(m)
-    raise InputError(f"{name} is {shown(m)}, but must be a number from 0 to 1.")
 
 def _parameters(name, net):
     "The parameters that can follow others: those of floating-point numbers"

@@ -6,7 +6,7 @@
 __all__ = ['HUB', 'FORMATS', 'ENDINGS', 'TURNS', 'SPLITS', 'Listing', 'written', 'find_source', 'encoded_bytes', 'decode_image',
            'image_size', 'split_names', 'has_columns', 'list_images']
 
-# %% ../nbs/00b_files.ipynb #ab4f017e
+# %% ../nbs/00b_files.ipynb #dd09f691
 import ctypes
 import hashlib
 import io
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from .core import InputError, nearest, one_of, shown
+from .core import InputError, nearest, one_of, reason, shown
 
 # %% ../nbs/00b_files.ipynb #260601b0
 @dataclass(frozen=True, eq=False)
@@ -111,21 +111,13 @@ FORMATS = {
 }  # pillow's name of a format, and the endings of its files
 ENDINGS = {ending for endings in FORMATS.values() for ending in endings}
 
-# %% ../nbs/00b_files.ipynb #b7ce0a97
-def _words(e):
-    "What an exception says, in a few words on one line, without addresses of objects"
-    if isinstance(e, OSError) and e.strerror:
-        return e.strerror
-    lines = str(e).strip().splitlines()
-    text = re.split(r" <| object at 0x", lines[0])[0] if lines else ""
-    return text[:150].rstrip(" .:") or type(e).__name__
-
-def _reason(e):
+# %% ../nbs/00b_files.ipynb #71bf1e24
+def _first_reason(e):
     "The words of the exception that caused all others, and the file that it was about"
     while e.__cause__:
         e = e.__cause__
     file = getattr(e, "filename", None)
-    return f"{_words(e)}: {written(file)}" if isinstance(file, str) else _words(e)
+    return f"{reason(e)}: {written(file)}" if isinstance(file, str) else reason(e)
 
 def _where(item):
     return "embedded" if item["path"] is None else written(item["path"])
@@ -142,7 +134,7 @@ def encoded_bytes(
         try:
             data = Path(item["path"]).read_bytes()
         except (OSError, ValueError) as e:
-            raise InputError(f"{what} ({_where(item)}) cannot be read: {_words(e)}.") from None
+            raise InputError(f"{what} ({_where(item)}) cannot be read: {reason(e)}.") from None
     if not data:
         raise InputError(f"{what} ({_where(item)}) is empty: mend or remove it.")
     return data
@@ -157,7 +149,7 @@ def _quiet_tiff():
 
 _quiet_tiff()
 
-# %% ../nbs/00b_files.ipynb #b1c119f9
+# %% ../nbs/00b_files.ipynb #b7f3087c
 @contextmanager
 def _opened(item, what):
     "The image of an item, opened; whatever pillow raises within becomes one `InputError`"
@@ -183,7 +175,7 @@ def _why_not_decoded(e):
     if isinstance(e, Image.DecompressionBombError):
         return f"it has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels"
     if isinstance(e, OSError):  # pillow's own words, such as `image file is truncated`
-        return f"it is damaged ({_words(e)})"
+        return f"it is damaged ({reason(e)})"
     return "it is damaged or cut short"
 
 # %% ../nbs/00b_files.ipynb #4b5cf001
@@ -285,7 +277,7 @@ def image_size(
             width, height = image.tag_v2[256], image.tag_v2[257]
         return (height, width) if _orientation(image) >= 5 else (width, height)
 
-# %% ../nbs/00b_files.ipynb #2235308d
+# %% ../nbs/00b_files.ipynb #f29c98b0
 def _nearly_largest(values):
     "A value that one in a thousand exceeds: a single hot pixel of a camera says nothing"
     return int(np.quantile(values, 0.999, method="higher"))
@@ -299,28 +291,38 @@ def _largest(image):
         return 256 * _nearly_largest(np.asarray(image.convert("RGB"))) + 255
     return -1
 
-def _too_dark(items):
+def _too_dark(most, where):
     "A warning, if images of 16 bits use the lowest bits alone"
-    most = -1
-    for i in np.unique(np.linspace(0, len(items) - 1, 32).astype(int)).tolist():
-        try:
-            with _opened(items[i], "") as image:
-                value = _largest(image)
-        except InputError:  # told when the image is needed
-            continue
-        if value > most:
-            most = value
-            brightest = f"image {i} ({_where(items[i])})"
     if not 0 < most < 2**14:
         return ""
     bits = next(bits for bits in (8, 10, 12, 14) if most < 2**bits)
     return (
-        f"images of 16 bits are nearly black: {brightest} is the brightest of a sample, with "
+        f"images of 16 bits are nearly black: {where} is the brightest of a sample, with "
         f"values up to {most} where 65535 is white, {most // 257 + 1} of 256 shades: multiply all "
         f"values by {2 ** (16 - bits)} if they were measured with {bits} bits"
     )
 
-# %% ../nbs/00b_files.ipynb #76d7656e
+def _warnings(items):
+    "What may be wrong with readable images, from a sample of 32"
+    most = -1
+    brightest = ""
+    pages = ""
+    for i in np.unique(np.linspace(0, len(items) - 1, 32).astype(int)).tolist():
+        where = f"image {i} ({_where(items[i])})"
+        try:
+            with _opened(items[i], "") as image:
+                value = _largest(image)
+                many = getattr(image, "is_animated", False) and image.format != "MPO"
+        except InputError:  # told when the image is needed
+            continue
+        if many:
+            pages = f"{where} holds several images: the first alone is read, here and in others"
+        if value > most:
+            most = value
+            brightest = where
+    return [pages, _too_dark(most, brightest)]
+
+# %% ../nbs/00b_files.ipynb #c1d7567d
 def _entries(path):
     "What a folder holds, sorted by name; raises `InputError` if it cannot be read"
     try:
@@ -328,7 +330,7 @@ def _entries(path):
             return sorted(found, key=lambda entry: os.fsencode(entry.name))
     except OSError as e:
         raise InputError(
-            f"the folder {written(path)} cannot be read ({_words(e)}): make it readable, or move "
+            f"the folder {written(path)} cannot be read ({reason(e)}): make it readable, or move "
             "it away."
         ) from None
 
@@ -345,7 +347,7 @@ def _kind(entry):
             return "other"
     except OSError as e:
         raise InputError(
-            f"{written(entry.path)} is a link that cannot be followed ({_words(e)}): mend or "
+            f"{written(entry.path)} is a link that cannot be followed ({reason(e)}): mend or "
             "remove it."
         ) from None
     ending = os.path.splitext(entry.name)[1].lower()
@@ -590,7 +592,7 @@ def _no_splits(tree, folders):
     other = next(repr(name) for name in names if name.lower() not in SPLITS)
     return f"{' and '.join(named)} beside {other} {'is' if len(named) == 1 else 'are'} no split"
 
-# %% ../nbs/00b_files.ipynb #c31bcca3
+# %% ../nbs/00b_files.ipynb #9e24b733
 def _list_folder(name, split, tree, labelled=True):
     "The images of a split in a folder, with labels if they are wanted"
     folders = _split_folders(tree)
@@ -600,7 +602,7 @@ def _list_folder(name, split, tree, labelled=True):
     known = _folder_labels(name, part, train) if labelled else (None, None, "")
     labels, classes, why = known
     items = part.items()
-    notes = [_left_out(part), _no_splits(tree, folders), why, _too_dark(items)]
+    notes = [_left_out(part), _no_splits(tree, folders), why, *_warnings(items)]
     return Listing(_what(name, split), items, labels, classes, _joined(notes))
 
 def _what(name, split):
@@ -718,7 +720,7 @@ def _hub_table(what, source, split):
     kinds = _kinds(dataset.features.arrow_schema, dataset.features)
     return _Table(what, kinds, dataset.data.column, lambda column: dataset, _cache_folders())
 
-# %% ../nbs/00b_files.ipynb #cedec040
+# %% ../nbs/00b_files.ipynb #0a538d01
 def _open_parquet(path):
     "Schema of a Parquet file, what its columns hold, and its number of rows"
     import pyarrow.parquet as pq
@@ -729,7 +731,7 @@ def _open_parquet(path):
             n = file.metadata.num_rows
     except Exception as e:
         raise InputError(
-            f"{written(path)} cannot be read as Parquet ({_reason(e)}): mend or remove it."
+            f"{written(path)} cannot be read as Parquet ({_first_reason(e)}): mend or remove it."
         ) from None
     try:
         said = Features.from_dict(json.loads(schema.metadata[b"huggingface"])["info"]["features"])
@@ -789,7 +791,7 @@ def _memory_mapped(paths, column):
     from datasets.data_files import DataFilesDict, DataFilesList
     from datasets.packaged_modules.parquet.parquet import Parquet
     states = [os.stat(path) for path in paths]
-    states = [(str(about.st_size), str(about.st_mtime_ns), str(about.st_ino)) for about in states]
+    states = [tuple(map(str, (s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino))) for s in states]
     key = hashlib.sha256(repr((paths, states, column)).encode()).hexdigest()
     files = DataFilesDict({"train": DataFilesList(paths, states)})
     wanted = dict(columns=[column], features=Features({column: ImageFeature()}))
@@ -971,7 +973,7 @@ def _check_embedded(rows):
     if data.null_count:
         rows[int(data.is_null().to_numpy().argmax())]
 
-# %% ../nbs/00b_files.ipynb #b87d8b1a
+# %% ../nbs/00b_files.ipynb #b5194c3a
 def _list_table(name, split, files, open_table, image_column, label_column):
     "The images of a split in columns; `open_table` opens a split, `files` has the files of each"
     split = _split_to_read(name, split, list(files))
@@ -990,10 +992,10 @@ def _list_table(name, split, files, open_table, image_column, label_column):
         raise InputError(
             f"{found.what} has {len(rows)} images and {len(labels)} labels: its files are damaged."
         )
-    notes = [_parquet_note(files[split]), why, _too_dark(rows)]
+    notes = [_parquet_note(files[split]), why, *_warnings(rows)]
     return Listing(found.what, rows, labels, classes, _joined(notes))
 
-# %% ../nbs/00b_files.ipynb #4763a397
+# %% ../nbs/00b_files.ipynb #f2f91a73
 def _open_folder(name, source):
     "The tree of a data set; raises `InputError` for one without images, or of two kinds"
     tree = _Tree(source)
@@ -1029,7 +1031,7 @@ def _hub_splits(name, source):
             splits = get_dataset_split_names(source)
     except Exception as e:
         raise InputError(
-            f"dataset {written(name)} ({source}) cannot be read: {_reason(e)}."
+            f"dataset {written(name)} ({source}) cannot be read: {_first_reason(e)}."
         ) from None
     return {split: [] for split in _in_order(splits)}
 
@@ -1045,7 +1047,7 @@ def split_names(
         return list(_parquet_splits(name, tree.parquet))
     return list(_split_folders(tree)) or ["train"]
 
-# %% ../nbs/00b_files.ipynb #091b3b16
+# %% ../nbs/00b_files.ipynb #451edb6d
 def has_columns(
     name,  # As in `list_images`
 ) -> bool:
@@ -1091,4 +1093,4 @@ def list_images(
     except InputError:
         raise
     except Exception as e:
-        raise InputError(f"dataset {written(name)} cannot be read: {_reason(e)}.") from None
+        raise InputError(f"dataset {written(name)} cannot be read: {_first_reason(e)}.") from None

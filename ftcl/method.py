@@ -6,15 +6,15 @@
 __all__ = ['METHODS', 'NEG_QUERIES', 'Step', 'Contrast', 'Method', 'join', 'join_contrasts', 'vectors_of', 'slow_copy', 'MoCo',
            'MoCoV1', 'MoCoV2', 'build_method', 'augmentation_of']
 
-# %% ../nbs/09_method.ipynb #52a756f5
+# %% ../nbs/09_method.ipynb #6262fd28
 from copy import deepcopy
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from .core import PRECISIONS, START, WEIGHTS, InputError, Processes
-from .core import check_shapes, one_of, register, seeded, shown, whole
+from .core import check_shapes, one_of, reason, register, seeded, shown, whole, within
 from .encoder import Encoder, batch_parts, call_backbone, check_features
-from .encoder import check_splits, ema_update, first_weight, momentum_value
+from .encoder import check_splits, ema_update, first_weight
 from .loss import info_nce, scores, temperature
 from .queue import Queue
 from .transform import FeatureTransform
@@ -171,7 +171,7 @@ def _check_parts(parts, kind):
     for part in parts:
         _check_kind("a part", part, kind)
 
-# %% ../nbs/09_method.ipynb #53ad22f9
+# %% ../nbs/09_method.ipynb #6803e58a
 def vectors_of(
     encoder: nn.Module,
     v: Tensor,  # (B, 3, H, W)
@@ -199,9 +199,8 @@ def slow_copy(
     try:
         return deepcopy(encoder).requires_grad_(False)
     except Exception as e:
-        why = f"{type(e).__name__}: {e}".splitlines()[0]
         raise InputError(
-            f"the encoder cannot be copied, which its key encoder needs ({why}): "
+            f"the encoder cannot be copied, which its key encoder needs ({reason(e)}): "
             "keep in it what copy.deepcopy can copy."
         ) from e
 
@@ -210,7 +209,7 @@ def _own_parts(encoder):
     parts = getattr(encoder, "bn_splits", None)
     return batch_parts(encoder) if parts is None else whole("bn_splits", parts, 1)
 
-# %% ../nbs/09_method.ipynb #76857a57
+# %% ../nbs/09_method.ipynb #b37b54d8
 class MoCo(Method):
     "Momentum contrast: queries against the keys of a slower encoder and a queue of earlier ones"
     def __init__(self,
@@ -229,7 +228,7 @@ class MoCo(Method):
         _check_kind("symmetric", symmetric, bool)
         self.key_encoder = slow_copy(encoder)
         self.queue = queue
-        self.momentum = momentum_value("momentum", momentum)
+        self.momentum = within("momentum", momentum, 0, 1)
         self.tau = temperature("tau", tau)
         self.tau_pos = None if tau_pos is None else temperature("tau_pos", tau_pos)
         self.symmetric = symmetric

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'RECORD', 'LATER_PARAMETERS', 'FILES', 'Param', 'Parameter', 'declared', 'defaults', 'in_words',
            'check_type', 'check_range', 'check_given', 'check_parameters', 'git_revision', 'processor_name',
-           'device_name', 'arithmetic', 'provenance', 'write_record', 'is_number', 'is_epoch', 'is_parameter',
-           'odd_entry', 'refuse_constant', 'without_twins', 'read_json', 'read_record', 'result_parameters',
-           'difference', 'existing_record', 'record_path', 'writable', 'content_hash']
+           'device_name', 'arithmetic', 'provenance', 'write_record', 'is_epoch', 'is_parameter', 'odd_entry',
+           'refuse_constant', 'without_twins', 'read_json', 'read_record', 'result_parameters', 'difference',
+           'existing_record', 'record_path', 'writable', 'content_hash']
 
-# %% ../nbs/11_record.ipynb #647c6188
+# %% ../nbs/11_record.ipynb #08f04b5c
+import ast
 import hashlib
 import inspect
 import json
@@ -23,12 +24,11 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
-from numbers import Real
 from pathlib import Path
-from typing import Annotated, NamedTuple, get_args, get_type_hints
+from typing import NamedTuple, get_args, get_type_hints
 import torch
-from .core import InputError, as_file_name, as_path, cpu_computes_bf16, nearest
-from .core import one_of, replacing, shown
+from .core import InputError, as_file_name, as_path, cpu_computes_bf16, is_number
+from .core import nearest, one_of, reason, replacing, shown
 
 # %% ../nbs/11_record.ipynb #75897f0d
 @dataclass(frozen=True)
@@ -125,7 +125,16 @@ def check_given(
         if about.check is not None:
             about.check(value)
 
-# %% ../nbs/11_record.ipynb #8fb887f0
+# %% ../nbs/11_record.ipynb #2f6327b6
+def _injected(cells):
+    "Names that papermill's cell among those that ran gives values to"
+    names = []
+    for cell in cells:
+        if cell.startswith("# Parameters\n"):
+            for statement in ast.parse(cell).body:
+                names += [target.id for target in statement.targets]
+    return names
+
 def check_parameters(
     given: dict,  # `globals()` of a notebook that has assigned nothing but parameters
     *functions: Callable,  # That take them, as in `declared`
@@ -143,7 +152,8 @@ def check_parameters(
         papermill = name.startswith("PAPERMILL_")
         if not (jupyter or papermill or callable(value) or inspect.ismodule(value)):
             own[name] = value
-    check_given(own, known)
+    overwritten = [name for name in _injected(given.get("In", [])) if name not in known]
+    check_given(dict.fromkeys(overwritten) | own, known)
     return own
 
 # %% ../nbs/11_record.ipynb #f2d592c6
@@ -239,19 +249,12 @@ def write_record(
     with replacing(path) as part:
         part.write_text(text + "\n", encoding="utf-8")
 
-# %% ../nbs/11_record.ipynb #510d0ca3
+# %% ../nbs/11_record.ipynb #6dbfe9c7
 RECORD = dict(  # What a record may hold, beside parameters and metrics, and of what kind
     name=str, measured_on=str, device=str, git_revision=str, versions=dict, arithmetic=dict,
     pretrained=dict, epochs=list, n_train=int, n_test=int, step=int, steps=int, processes=int,
     seconds=float, images_per_second=float,
 )
-
-def is_number(
-    value,
-) -> bool:
-    "Whether it is a finite number, and no bool"
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    return number and abs(value) <= sys.float_info.max  # an integer can be larger than any float
 
 def is_epoch(
     row,
@@ -294,7 +297,7 @@ def odd_entry(
             return key
     return "" if all(map(is_epoch, record.get("epochs", []))) else "epochs"
 
-# %% ../nbs/11_record.ipynb #c6110b06
+# %% ../nbs/11_record.ipynb #8bf4dfc4
 def refuse_constant(
     name: str,  # `NaN`, `Infinity`, `-Infinity`
 ):
@@ -324,8 +327,7 @@ def read_json(
             text, parse_constant=refuse_constant, object_pairs_hook=without_twins
         )
     except (OSError, ValueError, RecursionError) as e:
-        why = getattr(e, "strerror", None) or " ".join(str(e).split())
-        raise InputError(f"{what} {path} cannot be read ({why}): mend or remove it.") from None
+        raise InputError(f"{what} {path} cannot be read ({reason(e)}): mend or remove it.") from None
 
 def read_record(
     path: str,  # The `.json` of a run
@@ -393,7 +395,7 @@ def existing_record(
         )
     return record
 
-# %% ../nbs/11_record.ipynb #d0ad56ea
+# %% ../nbs/11_record.ipynb #759b9562
 FILES = ("json", "parquet", "safetensors", "previous.safetensors", "lock")  # of a run
 
 def record_path(
@@ -432,10 +434,9 @@ def writable(
         for parent in made:
             with suppress(OSError):
                 parent.rmdir()
-        why = getattr(e, "strerror", None) or shown(str(e))
         where = f"the output folder {shown(str(out))}"
         raise InputError(
-            f"{shown(name)} cannot be written to {where} ({why}): give another."
+            f"{shown(name)} cannot be written to {where} ({reason(e)}): give another."
         ) from None
     return path
 

@@ -7,7 +7,7 @@ __all__ = ['DASHES', 'CSS', 'HTML', 'OURS', 'DPI', 'plain_text', 'short_text', '
            'run_menu', 'legend_height', 'score_figure', 'page_path', 'html_report', 'small_png', 'paper_style',
            'save_figure']
 
-# %% ../nbs/15_report.ipynb #f5bebefd
+# %% ../nbs/15_report.ipynb #6daff312
 import math
 import sys
 from html import escape
@@ -22,7 +22,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from PIL import Image
 from plotly.subplots import make_subplots
-from .core import InputError, as_file_name, as_path, replacing, shown
+from .core import InputError, as_file_name, as_path, reason, replacing, shown
 from .scores import FEATURE_COLUMNS, RESERVED, SCORE_COLUMNS, SOFTMAX_COLUMNS
 from .study import project
 from .train import LOOP_COLUMNS
@@ -212,7 +212,7 @@ def page_path(
         raise InputError(f"{path} {problem}")
     return path
 
-# %% ../nbs/15_report.ipynb #4623ee62
+# %% ../nbs/15_report.ipynb #d1734d45
 def html_report(
     runs: dict,  # label -> list of data frames, one per seed (or a single one)
     path: str,  # A `.html` file, written under another name first
@@ -236,7 +236,7 @@ def html_report(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise InputError(f"{path} cannot be written: {e.strerror}.") from None
+        raise InputError(f"{path} cannot be written: {reason(e)}.") from None
     with replacing(path) as part:
         part.write_bytes(page.encode("utf-8", "replace"))
 

@@ -7,7 +7,7 @@ __all__ = ['QUANTILES', 'SCORE_COLUMNS', 'SOFTMAX_COLUMNS', 'FEATURE_COLUMNS', '
            'bin_counts', 'histogram_quantiles', 'check_numbers', 'score_statistics', 'softmax_statistics',
            'feature_statistics', 'content_sum', 'scores_path', 'ScoreRecorder', 'require_columns', 'read_scores']
 
-# %% ../nbs/05_scores.ipynb #2051a062
+# %% ../nbs/05_scores.ipynb #08af86d4
 import hashlib
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 import pyarrow.parquet as pq
 from .core import InputError, alone, as_path, check_shapes, constant, nearest, positive
-from .core import replacing, row_blocks, shown
+from .core import reason, replacing, row_blocks, shown
 from .loss import positive_logit
 
 # %% ../nbs/05_scores.ipynb #04d75325
@@ -458,7 +458,7 @@ def require_columns(
         _check_record(frame, what)
     return frame
 
-# %% ../nbs/05_scores.ipynb #089f5bea
+# %% ../nbs/05_scores.ipynb #60006db4
 def read_scores(
     path: str,  # What `ScoreRecorder.save` wrote
     columns: list = ("step", "pos_mean", "neg_mean", "neg_var"),  # That must be there
@@ -468,7 +468,7 @@ def read_scores(
     try:
         file = path.open("rb")
     except OSError as e:
-        raise InputError(f"the scores cannot be read from {path}: {e.strerror}.") from None
+        raise InputError(f"the scores cannot be read from {path}: {reason(e)}.") from None
     with file:
         head = file.read(4)
         if head != b"PAR1":

@@ -8,10 +8,9 @@ __all__ = ['COLUMNS', 'spread', 'metric_values', 'paired', 'as_text', 'arms', 'O
            'readable_runs', 'refuse_twins', 'several', 'refuse_mixture', 'read_runs', 'check_metrics', 'listed',
            'made_with', 'baselines', 'check_pair', 'compare_runs', 'plot_settings']
 
-# %% ../nbs/14_study.ipynb #246e00e3
+# %% ../nbs/14_study.ipynb #406e26bc
 import os
 from collections.abc import Iterable
-from numbers import Real
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
@@ -19,7 +18,7 @@ import pandas as pd
 import seaborn as sns
 import yaml
 from scipy.stats import t as t_distribution
-from .core import InputError, as_file_name, as_path, nearest, one_of, shown
+from .core import InputError, as_file_name, as_path, is_number, nearest, one_of, shown
 from .method import METHODS
 from .record import LATER_PARAMETERS, declared, defaults, read_record, result_parameters
 from .scores import read_scores
@@ -424,7 +423,7 @@ def made_with(
         f"{mixed}{seconds}"
     )
 
-# %% ../nbs/14_study.ipynb #662e51df
+# %% ../nbs/14_study.ipynb #a7f404be
 def baselines(
     runs: list,  # Labels
     baseline: str | dict,  # As `compare_runs` takes it
@@ -448,8 +447,7 @@ def check_pair(
     "Raise `InputError` unless all runs of two labels have the metric, measured on the same images"
     pair = metrics.loc[list({run: 0, plain: 0})]
     for label, seed, value in zip(pair.index, pair["seed"], pair[metric]):
-        number = isinstance(value, Real) and not isinstance(value, bool)
-        if not (number and abs(value) < 1e100):
+        if not (is_number(value) and abs(value) < 1e100):
             raise InputError(
                 f"{metric} of {shown(label)}, seed {seed}, is {shown(value)}, but must be a "
                 "finite number: leave this run out, or take another metric."

@@ -7,21 +7,20 @@ __all__ = ['FLOATS', 'LEVELS', 'TRANSFORMS', 'ALIASES', 'extrapolate', 'interpol
            'check_memory', 'check_generator', 'Options', 'Transform', 'mean_of', 'Extrapolation', 'Interpolation',
            'transform_names', 'check_vectors', 'FeatureTransform']
 
-# %% ../nbs/03_transform.ipynb #733691b0
+# %% ../nbs/03_transform.ipynb #e1398401
 import math
 import os
 from dataclasses import dataclass
 from functools import lru_cache
-from numbers import Real
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.special import betaincinv
 from torch import Tensor, nn
-from .core import InputError, Processes, check_shapes, nearest, one_of, positive
-from .core import register, row_blocks, shown, whole
+from .core import InputError, Processes, check_shapes, is_number, nearest, one_of
+from .core import positive, register, row_blocks, shown, whole
 
-# %% ../nbs/03_transform.ipynb #db43c6f2
+# %% ../nbs/03_transform.ipynb #0fbe01cc
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # types of vectors
 
 def extrapolate(
@@ -59,7 +58,7 @@ def _factor(lam, x):
                          "but must hold floating-point numbers, one or all for each axis of "
                          f"{tuple(x.shape)}, on {x.device}.")
     most = torch.finfo(x.dtype).max**0.5
-    if isinstance(lam, Real) and not isinstance(lam, bool) and -most <= lam <= most:
+    if is_number(lam) and -most <= lam <= most:
         return float(lam)
     raise InputError(f"lam is {shown(lam)}, but must be a tensor, or a number up to {most:.0e}.")
 

@@ -9,20 +9,19 @@ __all__ = ['AUGMENTATIONS', 'LUMA', 'IDENTITY', 'QUARTER', 'MEAN', 'STD', 'SMALL
            'check_augmentation', 'augment', 'two_views', 'crop_image', 'augmented_batches', 'view_batches',
            'show_views', 'with_view_strength']
 
-# %% ../nbs/02_views.ipynb #479fc89f
+# %% ../nbs/02_views.ipynb #afe95e2d
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import repeat
-from numbers import Real
 from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from .core import InputError, constant, seeded, shown, whole
+from .core import InputError, constant, seeded, shown, whole, within
 from .data import ImageSet, OnDisk, check_images, image_shape, spread
 
 # %% ../nbs/02_views.ipynb #5b2dc8d9
@@ -519,19 +518,15 @@ def _scaled(value, strength, most):
     "`strength` times `value`, at most `most`; a value that is already above `most` never grows"
     return min(strength * value, max(value, most))
 
-# %% ../nbs/02_views.ipynb #1a70aa95
+# %% ../nbs/02_views.ipynb #8a8aa9bf
 def with_view_strength(
     how: Augmentation,
     view_strength: float,  # g, from 0 (the image itself, or its mirror image) over 1 (`how`) to 1.5
 ) -> Augmentation:
     "An augmentation made weaker or stronger as a whole; raises `InputError` if g is out of range"
-    number = isinstance(view_strength, Real) and not isinstance(view_strength, bool)
-    if not (number and 0 <= view_strength <= MOST_VIEW_STRENGTH):
-        found = f"view_strength is {shown(view_strength)}"
-        raise InputError(f"{found}, but must be a number from 0 to {MOST_VIEW_STRENGTH}.")
-    if view_strength == 1:
+    g = within("view_strength", view_strength, 0, MOST_VIEW_STRENGTH)
+    if g == 1:
         return how
-    g = float(view_strength)
     smallest = min(how.area[0], SMALLEST_AREA)
     return replace(
         how,
