@@ -38,7 +38,7 @@ figures: $(READY) ## redraw every figure whose records or notebook changed
 
 test: $(READY) ## every notebook, then tests/
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 faults: $(READY) ## 5,000 mutated inputs and 100 kills, counted in results/reliability
 	mkdir -p runs

@@ -311,7 +311,7 @@ def steps_of(
     per_epoch = n_train // p["batch_size"]
     return per_epoch, per_epoch * p["epochs"]
 
-# %% ../nbs/12_checkpoint.ipynb #0b4d76c1
+# %% ../nbs/12_checkpoint.ipynb #18c733f9
 def _read(
     path: Path,
 ) -> tuple[dict, dict]:  # Tensors, note
@@ -325,7 +325,8 @@ def _read(
             names = file.keys() if ours else []
             tensors = {name: file.get_tensor(name).clone() for name in names}
     except Exception as e:
-        raise ValueError(f"cannot be read ({reason(e)}): truncated or no safetensors file") from None
+        why = f"cannot be read ({reason(e)}): truncated or no safetensors file"
+        raise ValueError(why) from None
     if not ours:
         raise ValueError("is not a checkpoint of ftcl: something else wrote it")
     if about.get("schema") == "1":

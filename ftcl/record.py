@@ -297,7 +297,7 @@ def odd_entry(
             return key
     return "" if all(map(is_epoch, record.get("epochs", []))) else "epochs"
 
-# %% ../nbs/11_record.ipynb #8bf4dfc4
+# %% ../nbs/11_record.ipynb #abbf1ce5
 def refuse_constant(
     name: str,  # `NaN`, `Infinity`, `-Infinity`
 ):
@@ -327,7 +327,8 @@ def read_json(
             text, parse_constant=refuse_constant, object_pairs_hook=without_twins
         )
     except (OSError, ValueError, RecursionError) as e:
-        raise InputError(f"{what} {path} cannot be read ({reason(e)}): mend or remove it.") from None
+        why = reason(e)
+        raise InputError(f"{what} {path} cannot be read ({why}): mend or remove it.") from None
 
 def read_record(
     path: str,  # The `.json` of a run

