@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINT', 'NOTE', 'Written', 'State', 'chained', 'with_rows', 'write_rows', 'read_rows', 'beside', 'part_path',
-           'save_part', 'read_history', 'checksum', 'epochs_table', 'epochs_of', 'as_bytes', 'remove_parts',
-           'remove_earlier', 'keep_previous', 'save_checkpoint', 'steps_of', 'the_one_before', 'read_checkpoint',
-           'read_note', 'refuse_other_run', 'load_state', 'load_momentum', 'refuse_other_data', 'load_checkpoint',
-           'load_method', 'load_encoder']
+           'save_part', 'read_history', 'checksum', 'epochs_table', 'epochs_of', 'weights_of', 'as_bytes',
+           'remove_parts', 'remove_earlier', 'keep_previous', 'save_checkpoint', 'steps_of', 'the_one_before',
+           'read_checkpoint', 'read_note', 'refuse_other_run', 'load_state', 'load_momentum', 'refuse_other_data',
+           'load_checkpoint', 'load_method', 'load_encoder']
 
-# %% ../nbs/12_checkpoint.ipynb #1b4a22fc
+# %% ../nbs/12_checkpoint.ipynb #b68b048a
 import hashlib
 import json
 import os
@@ -28,10 +28,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from .core import InputError, as_path, reason, replacing, shown
 from .encoder import Encoder
-from .method import Method, build_method
+from .method import Method, build_method, transform_of
 from .record import difference
 from .scores import ScoreRecorder
-from .transform import FeatureTransform
 
 # %% ../nbs/12_checkpoint.ipynb #5fbb1d97
 @dataclass
@@ -169,7 +168,7 @@ def read_history(
         "remove the checkpoint to begin anew."
     )
 
-# %% ../nbs/12_checkpoint.ipynb #1487104d
+# %% ../nbs/12_checkpoint.ipynb #308ee2a0
 CHECKPOINT = {"format": "ftcl-checkpoint", "schema": "2"}
 NOTE = {  # What a run's note holds
     "params", "step", "seconds", "n_train", "images_sum", "weights_sum", "made_with", "columns",
@@ -213,6 +212,12 @@ def epochs_of(
             epochs.append(dict(epoch=i) | known)
     return epochs
 
+def weights_of(
+    optimizer: torch.optim.Optimizer,
+) -> list:
+    "All weights that it holds, group by group"
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
+
 def as_bytes(
     s: State,
     written: Written,
@@ -222,7 +227,7 @@ def as_bytes(
     for name, tensor in s.method.state_dict().items():
         tensors[f"method.{name}"] = tensor.cpu().contiguous()
     if s.step:  # before the first step there is no momentum
-        for i, weight in enumerate(s.optimizer.param_groups[0]["params"]):
+        for i, weight in enumerate(weights_of(s.optimizer)):
             kept = s.optimizer.state.get(weight, {}).get("momentum_buffer")
             kept = torch.zeros_like(weight) if kept is None else kept  # no loss depends on it
             tensors[f"sgd.{i}"] = kept.detach().cpu().contiguous()
@@ -408,14 +413,14 @@ def load_state(
         why = str(e).splitlines()[-1].strip()[:300].rstrip(" .")
         raise InputError(f"the checkpoint {path} does not fit its own parameters: {why}.") from None
 
-# %% ../nbs/12_checkpoint.ipynb #fc2f2004
+# %% ../nbs/12_checkpoint.ipynb #0b9dabc7
 def load_momentum(
     optimizer: torch.optim.Optimizer,  # Filled in place
     tensors: dict,  # Of a checkpoint
     path: Path,  # Names the checkpoint in an error
 ):
     "Load the momentum of every weight; raises `InputError` for one that does not fit"
-    weights = optimizer.param_groups[0]["params"]
+    weights = weights_of(optimizer)
     found = {name for name in tensors if name.startswith("sgd.")}
     odd = found ^ {f"sgd.{i}" for i in range(len(weights))}
     if odd:
@@ -471,7 +476,7 @@ def load_checkpoint(
     s.saved = s.step
     s.written = written
 
-# %% ../nbs/12_checkpoint.ipynb #75005da1
+# %% ../nbs/12_checkpoint.ipynb #f9230c37
 def load_method(
     path: str,  # A checkpoint
 ) -> tuple[Method, dict]:  # In evaluation mode, without its transformation; its parameters
@@ -479,7 +484,7 @@ def load_method(
     tensors, note = read_checkpoint(path)
     p = note["params"]
     try:  # the weights come from the checkpoint, not from where they once began
-        method = build_method(p | dict(weights=""), FeatureTransform("none"))
+        method = build_method(p | dict(weights=""), transform_of(p | dict(mixing="none")))
     except Exception as e:
         why = str(e) if isinstance(e, InputError) else shown(f"{type(e).__name__}: {e}") + "."
         raise InputError(f"the parameters in the checkpoint {path} make no method: {why}") from None

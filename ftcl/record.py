@@ -30,7 +30,7 @@ import torch
 from .core import InputError, as_file_name, as_path, cpu_computes_bf16, is_number
 from .core import nearest, one_of, reason, replacing, shown
 
-# %% ../nbs/11_record.ipynb #75897f0d
+# %% ../nbs/11_record.ipynb #c677952e
 @dataclass(frozen=True)
 class Param:
     "What may be said of a parameter in its signature, beside type and default"
@@ -40,6 +40,7 @@ class Param:
     most: float | None = None  # of a number
     choices: Collection | None = None  # the values of a word, looked at when it is checked
     check: Callable | None = None  # called with the value; raises `InputError`
+    own: bool = False  # whether -1 stands for a value that something else decides
 
 # %% ../nbs/11_record.ipynb #e848986a
 class Parameter(NamedTuple):
@@ -66,7 +67,7 @@ def defaults(
     "The defaults of a function's parameters"
     return {name: parameter.default for name, parameter in declared(f).items()}
 
-# %% ../nbs/11_record.ipynb #a61cee73
+# %% ../nbs/11_record.ipynb #b3108382
 def in_words(
     kind: type,  # Of a parameter
 ) -> str:
@@ -77,7 +78,7 @@ def in_words(
         float: "a number, as 0.001 or 1.0e-3",
         str: "text (with papermill: -r, not -p)",
     }
-    return words[kind]
+    return " or ".join(words[one] for one in get_args(kind) or [kind])
 
 def check_type(
     name: str,
@@ -85,13 +86,14 @@ def check_type(
     kind: type,
 ):
     "Raise `InputError` unless `value` is of this type; a whole number will do for a number"
-    right = type(value) is kind or (kind is float and type(value) is int)
+    kinds = get_args(kind) or (kind,)  # of `float | str`, for one
+    right = type(value) in kinds or (float in kinds and type(value) is int)
     if right and type(value) is int:
-        right = abs(value) <= (sys.float_info.max if kind is float else 2**63 - 1)
+        right = abs(value) <= (sys.float_info.max if float in kinds else 2**63 - 1)
     if not right:
         raise InputError(f"{name} is {shown(value)}, but must be {in_words(kind)}.")
 
-# %% ../nbs/11_record.ipynb #5e11268c
+# %% ../nbs/11_record.ipynb #7503e465
 def check_range(
     name: str,
     value: float,
@@ -118,7 +120,7 @@ def check_given(
             raise InputError(f"unknown parameter {name!r}.{nearest(name, known)}")
         kind, _, about = known[name]
         check_type(name, value, kind)
-        if kind in (int, float):
+        if type(value) in (int, float) and not (about.own and value == -1):
             check_range(name, value, about.least, about.most, kind is int)
         if about.choices is not None:
             one_of(name, value, about.choices)
@@ -355,10 +357,10 @@ def result_parameters(
     files = [name for name, parameter in declared(f).items() if parameter.about.part == "files"]
     return {name: value for name, value in p.items() if name not in files}
 
-# %% ../nbs/11_record.ipynb #7fc836d6
+# %% ../nbs/11_record.ipynb #f97d7156
 LATER_PARAMETERS = dict(  # What early runs did, before these could be asked for
     split="train", evaluate_on="", decode="once", image_column="", label_column="",
-    view_strength=1.0, view_size=0, weights="",
+    view_strength=1.0, view_size=0, weights="", warmup_epochs=0,
 )
 
 def difference(

@@ -12,7 +12,7 @@ __all__ = ['SETTINGS', 'LAUNCHERS', 'ROUNDING', 'LOOP_COLUMNS', 'Decode', 'Image
            'check_encoder', 'finished_run', 'tidy_up', 'decided', 'run_to_record', 'go_on', 'pretrain', 'start',
            'sets_to_measure', 'some_of', 'how_far', 'evaluate_checkpoint']
 
-# %% ../nbs/13_train.ipynb #4cbcdd90
+# %% ../nbs/13_train.ipynb #ca860b51
 import atexit
 import math
 import os
@@ -37,37 +37,44 @@ from .data import DECODES, MOST_WORKERS, ImageSet, Sets, data_splits, resolve_wo
 from .data import run_sets, shuffled
 from .encoder import STEMS, encoder_name
 from .evaluate import READOUTS, ReadoutSettings, check_sets, class_count, read_out
-from .method import METHODS, NEG_QUERIES, Method, augmentation_of, build_method
+from .method import METHODS, NEG_QUERIES, Method, as_published, augmentation_of
+from .method import build_method, transform_of
 from .record import FILES, SCHEMA, Param, check_given, content_hash, declared
 from .record import defaults, existing_record, provenance, read_record, record_path
 from .record import result_parameters, writable, write_record
 from .scores import ScoreRecorder, read_scores, scores_path
-from .transform import LEVELS, FeatureTransform, transform_names
+from .transform import LEVELS, check_alpha, check_strength, transform_names
 from .views import AUGMENTATIONS, MOST_VIEW_STRENGTH, view_batches
 from .visualize import LiveScores
 
-# %% ../nbs/13_train.ipynb #552cbacf
+# %% ../nbs/13_train.ipynb #fe29fbf6
 def cosine_lr(
     lr: float,  # At step 0
     step: int,
     steps: int,  # T, in all
+    warmup: int = 0,  # Steps of a rising rate, before the cosine
 ) -> float:
     "Learning rate of a step: half a cosine from `lr` to 0"
-    return lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
-# %% ../nbs/13_train.ipynb #c6ea6a64
+# %% ../nbs/13_train.ipynb #032ee3b2
 def set_lr(
     optimizer: torch.optim.Optimizer,
-    lr: float,
+    lr: float,  # Of this step
+    base: float | None = None,  # Of groups whose rate is constant; None: `lr`
 ):
-    "Give every weight this learning rate"
+    "Give every weight its learning rate"
     for group in optimizer.param_groups:
+        rate = base if group.get("constant") and base is not None else lr
+        rate = rate * group.get("factor", 1.0)
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
+            group["lr"].fill_(rate)
         else:
-            group["lr"] = lr
+            group["lr"] = rate
 
-# %% ../nbs/13_train.ipynb #317b8874
+# %% ../nbs/13_train.ipynb #020070a3
 def check_fit(
     p: dict,  # All parameters of `pretrain`
 ):
@@ -78,6 +85,9 @@ def check_fit(
     if p["start_epoch"] >= p["epochs"]:
         start = p["start_epoch"]
         raise InputError(f"start_epoch is {start}, but must be below epochs, {p['epochs']}.")
+    if p["warmup_epochs"] >= p["epochs"]:
+        warmup = p["warmup_epochs"]
+        raise InputError(f"warmup_epochs is {warmup}, but must be below epochs, {p['epochs']}.")
     if batch % splits:
         raise InputError(f"bn_splits is {splits}, but must divide batch_size, {batch}.")
     if batch == splits:
@@ -130,7 +140,7 @@ def refuse_surroundings():
             f"torch's default device is {device}: set it to cpu, for a run finds its own."
         )
 
-# %% ../nbs/13_train.ipynb #1aa895dc
+# %% ../nbs/13_train.ipynb #92ad17eb
 def leave_processes():
     "Leave the group of processes, so that none is waited for when the program ends"
     if torch.distributed.is_initialized():
@@ -150,7 +160,8 @@ def plain_accelerator() -> Accelerator:
             left = [f"{name}={os.environ[name]}" for name in LAUNCHERS if name in os.environ]
             advice = (
                 f"unset {', '.join(left)}, or start with accelerate launch" if left else
-                "if an Accelerator with other settings was made in this process or kernel, restart it"
+                "if an Accelerator with other settings was made in this process or kernel, "
+                "restart it"
             )
             raise InputError(f"an Accelerator cannot be made ({reason(e)}): {advice}.") from None
     kinds = (accelerator.distributed_type.value, accelerator.state.dynamo_plugin.backend.value)
@@ -199,10 +210,13 @@ def begin(
     gather = accelerator.gather if count > 1 else alone
     method.distribute(Processes(accelerator.process_index, count, gather))
     on_gpu = accelerator.device.type == "cuda"
-    lr = torch.tensor(p["lr"], device=accelerator.device) if on_gpu else p["lr"]
-    weights = [w for w in method.parameters() if w.requires_grad]
+    groups = []
+    for rate in method.rates():
+        lr = torch.tensor(p["lr"], device=accelerator.device) if on_gpu else p["lr"]
+        group = dict(params=rate.weights, lr=lr, factor=rate.factor, constant=rate.constant)
+        groups.append(group)
     decay = p["weight_decay"]
-    optimizer = torch.optim.SGD(weights, lr, momentum=0.9, weight_decay=decay, fused=True)
+    optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=decay, fused=True)
     with without_settings():
         forward, optimizer = accelerator.prepare(method, optimizer)
     recorder = ScoreRecorder(gather=gather, tau=method.tau, tau_pos=method.tau_pos)
@@ -213,10 +227,12 @@ def begin(
         made_with=made_with, weights_sum=weights,
     )
 
-# %% ../nbs/13_train.ipynb #e484a0cf
+# %% ../nbs/13_train.ipynb #c4260b78
 LOOP_COLUMNS = {  # column that the loop passes to the recorder: meaning, unit
     "loss": ("loss", "nats"),
     "lr": ("learning rate", "per step"),
+    "strength": ("strength of the extrapolation", "1"),
+    "signal": ("score of different images before the transformation, running mean", "1"),
     "l_ex": ("l of the positives, mean over the step", "1"),
     "l_in": ("l of the negatives, mean over the step", "1"),
     "grad_query": ("gradient of a query's loss at the query, norm, mean over the batch", "nats"),
@@ -239,7 +255,7 @@ def callers_random_numbers(s: State):
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
 
-# %% ../nbs/13_train.ipynb #a26bfc87
+# %% ../nbs/13_train.ipynb #c5c46048
 def gradient_norms(
     s: State,
     q: Tensor,  # (b, D) queries, which kept their gradient
@@ -260,24 +276,25 @@ def drawn_columns(
 ) -> dict:  # Column: number; NaN where nothing was drawn
     "What a step drew, in the same columns at every step; every record has the paper's two"
     columns = {"l_ex": math.nan, "l_in": math.nan}
-    for part in method.transform.parts:
-        columns |= dict.fromkeys(part.draws, math.nan)
+    columns |= dict.fromkeys(method.transform.draws, math.nan)
     return columns | drawn
 
 def train_step(
     s: State,
-    v1: Tensor,  # (b, 3, H, W) a view of this process's part of the batch
-    v2: Tensor,  # (b, 3, H, W) another view
+    views: tuple,  # Two or more (b, 3, H, W) of this process's part of the batch
     mix: bool,  # Whether the transformation is on
     steps: int,  # Of the whole run
 ):
     "One step of a run"
-    lr = cosine_lr(s.params["lr"], s.step, steps)
-    set_lr(s.optimizer, lr)
-    seeded(s.method.transform.generator, s.params["seed"], MIX, s.step)
-    recorded = s.step % s.params["record_every"] == 0
+    p = s.params
+    warmup = p["warmup_epochs"] * steps // p["epochs"]
+    lr = cosine_lr(p["lr"], s.step, steps, warmup)
+    set_lr(s.optimizer, lr, p["lr"])
+    seeded(s.method.transform.generator, p["seed"], MIX, s.step)
+    s.method.transform.progress = s.step / steps
+    recorded = s.step % p["record_every"] == 0
     seed_layers(s)
-    step = s.forward(v1, v2, mix, look=recorded)
+    step = s.forward(*views, mix=mix, look=recorded)
     q = step.features[0]  # (b, D)
     if recorded and q.requires_grad:
         q.retain_grad()
@@ -375,11 +392,11 @@ def steps_to_come(
             batches = order.split(p["batch_size"])
         yield batches[place], (p["seed"], VIEWS, step)
 
-# %% ../nbs/13_train.ipynb #a012a28d
+# %% ../nbs/13_train.ipynb #4dde137e
 def views_to_come(
     s: State,
     train: ImageSet,  # On the device of the method, if it fits there
-) -> Iterator:  # Two views (b, 3, H, W) for each step, on the device; to be closed
+) -> Iterator:  # Two views (b, 3, H, W) or more for each step, on the device; to be closed
     "The views of every step that is left"
     p = s.params
     device = s.accelerator.device
@@ -394,6 +411,7 @@ def views_to_come(
         device,
         rows,
         resolve_workers(p["workers"]),
+        s.method.small_views,
     )
 
 def train_epoch(
@@ -408,8 +426,7 @@ def train_epoch(
     mix = s.step // per_epoch >= s.params["start_epoch"]
     start = time.perf_counter()
     for _ in range(per_epoch - s.step % per_epoch):
-        v1, v2 = next(views)  # (b, 3, H, W) each
-        train_step(s, v1, v2, mix, total)
+        train_step(s, next(views), mix, total)
         bar.update(s.params["batch_size"])
         if s.step % 50 == 0:
             check_finite(s)
@@ -549,7 +566,7 @@ def finish(
     write_record(record, path)
     remove_parts(path.with_suffix(".safetensors"))
 
-# %% ../nbs/13_train.ipynb #abc5ee72
+# %% ../nbs/13_train.ipynb #6548d17f
 def readout_names(
     readouts: str,  # Names of `READOUTS`, joined by +; `none`; empty: all
 ) -> list:
@@ -572,7 +589,7 @@ def check_run(
 ):
     "Raise `InputError` for what `pretrain` would refuse before it reads anything"
     check_given(p, declared(pretrain))
-    check_fit(defaults(pretrain) | p)
+    check_fit(as_published(defaults(pretrain) | p))
 
 # %% ../nbs/13_train.ipynb #a778622e
 def check_scores(
@@ -727,7 +744,7 @@ Workers = Annotated[
     ),
 ]
 
-# %% ../nbs/13_train.ipynb #6f30b56c
+# %% ../nbs/13_train.ipynb #954f0c1a
 def pretrain(
     dataset: Annotated[str, Param("shapes, a folder, or a Hugging Face id", "data")] = "shapes",
     split: Annotated[str, Param("the split to train on", "data")] = "train",
@@ -782,8 +799,13 @@ def pretrain(
         str, Param("moco_v1 (views A, linear head), moco_v2 (B, MLP)", "method", choices=METHODS)
     ] = "moco_v2",
     symmetric: Annotated[bool, Param("each view is once query, once key", "method")] = False,
-    momentum: Annotated[float, Param("m of the key encoder", "method", least=0, most=1)] = 0.99,
-    tau: Annotated[float, Param("temperature", "method", least=1e-6)] = 0.1,
+    momentum: Annotated[
+        float,
+        Param("m of a slow encoder; -1: the method's own", "method", least=0, most=1, own=True),
+    ] = -1.0,
+    tau: Annotated[
+        float, Param("temperature; -1: the method's own", "method", least=1e-6, own=True)
+    ] = -1.0,
     queue_size: Annotated[int, Param("K, keys in the queue", "method", least=1, most=2**24)] = 1024,
     mixing: Annotated[
         str, Param("none; pos, neg or several joined by +", "transformation", check=transform_names)
@@ -791,11 +813,27 @@ def pretrain(
     level: Annotated[
         str, Param("an l for each: feature, sample, dimension", "transformation", choices=LEVELS)
     ] = "feature",
-    alpha: Annotated[float, Param("Beta of l_ex", "transformation", least=1e-6)] = 2.0,
+    alpha: Annotated[
+        float | str,
+        Param("Beta of l_ex; or linear a b, cosine a b", "transformation", 1e-6, check=check_alpha),
+    ] = 2.0,
     alpha_neg: Annotated[float, Param("Beta of l_in", "transformation", least=1e-6)] = 1.6,
     strength: Annotated[
-        float, Param("reach of l_ex: 1 + strength x Beta", "transformation", least=1e-6, most=1)
+        float | str,
+        Param(
+            "reach of l_ex: 1 + strength x Beta; or auto, linear a b, cosine a b",
+            "transformation",
+            least=1e-6,
+            most=1,
+            check=check_strength,
+        ),
     ] = 1.0,
+    neg_limit: Annotated[
+        float,
+        Param(
+            "auto: no extrapolation where different images score so", "transformation", 1e-6, most=1
+        ),
+    ] = 0.2,
     start_epoch: Annotated[
         int, Param("transform from this epoch on, counted from 0", "transformation", least=0)
     ] = 0,
@@ -804,6 +842,9 @@ def pretrain(
     ] = False,
     detach_key: Annotated[
         bool, Param("stop the gradient through the transformed key", "transformation")
+    ] = False,
+    append: Annotated[
+        bool, Param("new negatives join the old ones instead of replacing them", "transformation")
     ] = False,
     neg_query: Annotated[
         str,
@@ -815,11 +856,23 @@ def pretrain(
     epochs: Annotated[int, Param("passes over the images", "schedule", least=1)] = 4,
     batch_size: Annotated[int, Param("images a step", "schedule", least=2, most=2**20)] = 128,
     lr: Annotated[
-        float, Param("at the start; half a cosine to 0", "schedule", least=0, most=1e6)
-    ] = 0.06,
+        float,
+        Param(
+            "at the start; half a cosine to 0; -1: the method's own",
+            "schedule",
+            least=0,
+            most=1e6,
+            own=True,
+        ),
+    ] = -1.0,
+    warmup_epochs: Annotated[
+        int,
+        Param("of a rising lr, before; -1: the method's own", "schedule", least=0, own=True),
+    ] = -1,
     weight_decay: Annotated[
-        float, Param("of SGD, on all weights", "schedule", least=0, most=1e6)
-    ] = 5e-4,
+        float,
+        Param("of SGD; -1: the method's own", "schedule", least=0, most=1e6, own=True),
+    ] = -1.0,
     precision: Precision = "auto",
     seed: Annotated[
         int, Param("of weights, queue, order, views and mixing", "schedule", least=0, most=2**31)
@@ -856,15 +909,18 @@ def pretrain(
         encoder=encoder, stem=stem, weights=weights, dim=dim, bn_splits=bn_splits,
         method=method, symmetric=symmetric, momentum=momentum, tau=tau, queue_size=queue_size,
         mixing=mixing, level=level, alpha=alpha, alpha_neg=alpha_neg, strength=strength,
-        start_epoch=start_epoch, renormalize=renormalize, detach_key=detach_key,
+        neg_limit=neg_limit,
+        start_epoch=start_epoch, renormalize=renormalize, detach_key=detach_key, append=append,
         neg_query=neg_query, tau_pos=tau_pos,
-        epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay,
+        epochs=epochs, batch_size=batch_size, lr=lr, warmup_epochs=warmup_epochs,
+        weight_decay=weight_decay,
         precision=precision, seed=seed,
         readouts=readouts, knn_every=knn_every, record_every=record_every,
         out=out, name=name, resume=resume, checkpoint_every=checkpoint_every, workers=workers,
         stop_after=stop_after, progress=progress,
     )
     check_run(p)
+    p = as_published(p)
     p["precision"] = resolve_precision(precision)
     path = record_path(out, name)
     return finished_run(p, path) or run_to_record(*start(p, path))
@@ -875,10 +931,7 @@ def start(
 ) -> tuple[State, Sets]:
     "A run before its first step, and its images; what was left open in `p` is decided"
     accelerator = find_device(p["batch_size"], p["bn_splits"])
-    options = {}
-    for name in ("mixing", "level", "alpha", "alpha_neg", "renormalize", "strength", "detach_key"):
-        options[name] = p[name]
-    transform = FeatureTransform(**options, generator=torch.Generator(accelerator.device))
+    transform = transform_of(p, torch.Generator(accelerator.device))
     method = build_method(p, transform, accelerator.num_processes)
     loaded = getattr(method.encoder, "loaded", "")
     if loaded and accelerator.is_main_process:

@@ -6,15 +6,15 @@
 __all__ = ['AUGMENTATIONS', 'LUMA', 'IDENTITY', 'QUARTER', 'MEAN', 'STD', 'SMALLEST_AREA', 'MOST_VIEW_STRENGTH', 'Augmentation',
            'place_crops', 'draw_crops', 'resize_taps', 'mix_rows', 'blur_kernel', 'blur', 'quarter_turn',
            'colour_matrix', 'normalise', 'Chances', 'Draws', 'finishing_draws', 'draw_views', 'make_views',
-           'check_augmentation', 'augment', 'two_views', 'crop_image', 'augmented_batches', 'view_batches',
-           'show_views', 'with_view_strength']
+           'check_augmentation', 'augment', 'two_views', 'crop_image', 'augmented_batches', 'SmallViews',
+           'view_batches', 'show_views', 'with_view_strength']
 
-# %% ../nbs/02_views.ipynb #afe95e2d
+# %% ../nbs/02_views.ipynb #99f9b2e0
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import repeat
+from itertools import repeat, tee
 from typing import NamedTuple
 import numpy as np
 import torch
@@ -468,7 +468,13 @@ def _places(indices, rows):
     "Places (b,) in a batch, as an array"
     return np.arange(len(indices)) if rows is None else rows.cpu().numpy() % len(indices)
 
-# %% ../nbs/02_views.ipynb #2c8be068
+# %% ../nbs/02_views.ipynb #1a88d834
+class SmallViews(NamedTuple):
+    "Further views of each image, of a smaller part of it"
+    number: int  # of each image
+    area: tuple = (0.05, 0.2)  # least and most share of the image
+    side: float = 0.5  # of a view, as a share of that of the two large ones
+
 def view_batches(
     data: ImageSet,
     plan: Iterable,  # As in `augmented_batches`; for images on the disk it is read ahead
@@ -477,14 +483,29 @@ def view_batches(
     device: torch.device = torch.device("cpu"),
     rows: Tensor | None = None,  # As in `augmented_batches`
     workers: int = 0,  # As in `augmented_batches`
-) -> Iterator[tuple[Tensor, Tensor]]:  # (b, 3, S, S) each
+    small: SmallViews | None = None,  # Further views
+) -> Iterator[tuple]:  # Two of (b, 3, S, S), then the small ones
     "Two normalised views of each image, as `two_views`; raises `InputError` for a damaged one"
-    batches = augmented_batches(
-        data, plan, how, size, device, rows, workers, views=2, mean=MEAN, std=STD
+    plan, again = tee(plan)
+    common = dict(device=device, rows=rows, workers=workers, mean=MEAN, std=STD)
+    batches = augmented_batches(data, plan, how, size, views=2, **common)
+    if small is None:
+        with closing(batches):
+            for views in batches:
+                yield views.chunk(2)
+        return
+    side = size or (image_shape(data) if isinstance(data, OnDisk) else data.images.shape[2:])[0]
+    others = augmented_batches(
+        data,
+        ((indices, (*numbers, 1)) for indices, numbers in again),  # numbers of their own
+        replace(how, area=small.area),
+        max(round(small.side * side), 1),
+        views=small.number,
+        **common,
     )
-    with closing(batches):
-        for views in batches:
-            yield views.chunk(2)
+    with closing(batches), closing(others):
+        for views, more in zip(batches, others):
+            yield *views.chunk(2), *more.chunk(small.number)
 
 # %% ../nbs/02_views.ipynb #ba435d74
 def show_views(
