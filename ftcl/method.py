@@ -387,13 +387,16 @@ class MoCoV2(MoCo, name="moco_v2"):
     augmentation = "B"
     head = "mlp"
 
-# %% ../nbs/09_method.ipynb #fc3ca7e5
+# %% ../nbs/09_method.ipynb #d9b0ba8e
 def as_published(
     p: dict,  # Parameters of `pretrain`
 ) -> dict:
     "The parameters, with the values of the method's own recipe where they are `OWN`"
     recipe = METHODS[one_of("method", p["method"], METHODS)].recipe
-    own = {name: value for name, value in recipe.items() if p.get(name) == OWN}
+    own = {}
+    for name, value in recipe.items():
+        if type(p.get(name)) in (int, float) and p[name] == OWN:
+            own[name] = value
     return type(p)(p | own)
 
 def transform_of(

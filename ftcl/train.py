@@ -744,7 +744,7 @@ Workers = Annotated[
     ),
 ]
 
-# %% ../nbs/13_train.ipynb #954f0c1a
+# %% ../nbs/13_train.ipynb #1478c3a9
 def pretrain(
     dataset: Annotated[str, Param("shapes, a folder, or a Hugging Face id", "data")] = "shapes",
     split: Annotated[str, Param("the split to train on", "data")] = "train",
@@ -833,7 +833,7 @@ def pretrain(
         Param(
             "auto: no extrapolation where different images score so", "transformation", 1e-6, most=1
         ),
-    ] = 0.2,
+    ] = 0.5,
     start_epoch: Annotated[
         int, Param("transform from this epoch on, counted from 0", "transformation", least=0)
     ] = 0,

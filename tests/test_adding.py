@@ -70,16 +70,17 @@ def test_a_transformation_is_one_class(tmp_path):
         "Noisy copies of the negatives, beside them"
 
         acts_on = "negatives"
-        appends = True
         draws = ("noise",)
 
-        def forward(self, q, k, keys):
+        def forward(self, q, k, negatives):
+            keys = self.shared(negatives)
             amount = torch.rand((), generator=self.options.generator)
             self.drawn = {"noise": amount}
             noise = torch.randn(keys.shape, generator=self.options.generator)
-            return self.options.on_sphere(keys + amount * noise)  # (K, D)
+            noisy = self.options.on_sphere(keys + amount * noise)  # (K, D)
+            return self.put(negatives, noisy, None)
 
-    record, scores = run(tmp_path, mixing="pos+noise", start_epoch=1)
+    record, scores = run(tmp_path, mixing="pos+noise", append=True, start_epoch=1)
     assert record["parameters"]["mixing"] == "pos+noise"
     assert scores.noise[:4].isna().all() and scores.noise[4:].between(0, 1).all()
     assert scores.l_ex[4:].between(1, 2).all()

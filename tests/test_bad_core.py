@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ftcl.core import InputError, Processes, check_shapes
+from ftcl.core import InputError, Processes, check_shapes, positive
 from ftcl.encoder import Encoder, SplitBN, backbone, ema_update, projection, small_resnet, split_bn
-from ftcl.loss import info_nce, positive_logit, scores, streamed_info_nce
+from ftcl.loss import in_batch, info_nce, positive_logit, scores, streamed_info_nce
 from ftcl.method import Contrast, Method, MoCo, augmentation_of, build_method, join
 from ftcl.method import join_contrasts, slow_copy, vectors_of
 from ftcl.queue import Queue
 from ftcl.transform import LEVELS, TRANSFORMS, FeatureTransform, Options, Transform
 from ftcl.transform import beta_parameter, check_memory, extrapolate, interpolate, mean_of
-from ftcl.transform import sample_beta, transform_names
+from ftcl.transform import sample_beta, schedule, transform_names
 
 B, K, D = 4, 6, 8
 RUN = dict(method="moco_v2", encoder="small", stem="small", dim=8, bn_splits=1, queue_size=40)
@@ -119,11 +119,21 @@ PUBLIC = {  # name: function, arguments that are right
     "sample_beta": (sample_beta, (2.0, (3, 2), generator(), "cpu")),
     "mean_of": (mean_of, (VECTORS[0],)),
     "transform_names": (transform_names, ("posneg",)),
-    "Options": (Options, ("feature", 2.0, 1.6, False, 1.0, False, generator())),
+    "Options": (Options, ("feature", 2.0, 1.6, False, 1.0, False, False, generator())),
     "FeatureTransform": (
         FeatureTransform,
-        ("posneg", "feature", 2.0, 1.6, False, 1.0, False, generator()),
+        ("posneg", "feature", 2.0, 1.6, False, 1.0, False, False, 0.5, generator()),
     ),
+    "FeatureTransform, auto": (
+        FeatureTransform,
+        ("posneg", "feature", "linear 1 2", 1.6, False, "auto", False, True, 0.5, generator()),
+    ),
+    "masked": (
+        lambda q, k, keys, mask: scores(*shared("posneg", strength="auto")(q, k, keys, mask)),
+        (*VECTORS, torch.zeros(B, K, dtype=torch.bool)),
+    ),
+    "in_batch": (in_batch, VECTORS[:2]),
+    "schedule": (lambda value: schedule("tau", value, positive), ("linear 1 2",)),
     "at level feature": (at_level("feature"), VECTORS),
     "at level sample": (at_level("sample"), VECTORS),
     "at level dimension": (at_level("dimension"), VECTORS),
@@ -443,21 +453,19 @@ def test_a_transformation_that_gives_something_else_is_named():
     gifts["negatives"] = [None, VECTORS[2][:, 1:], VECTORS[2].double(), (VECTORS[2],)]
     try:
         for place, wrong in gifts.items():
-            for appends in (False, True):
 
-                class Bad(Transform, name="bad"):
-                    acts_on = place
+            class Bad(Transform, name="bad"):
+                acts_on = place
 
-                    def forward(self, q, k, keys):
-                        return Bad.gift
+                def forward(self, q, k, negatives):
+                    return Bad.gift
 
-                Bad.appends = appends
-                for gift in wrong:
-                    Bad.gift = gift
-                    attempt(lambda: FeatureTransform("bad")(*VECTORS), ())
-                    with pytest.raises(InputError):
-                        FeatureTransform("bad")(*VECTORS)
-                del TRANSFORMS["bad"]
+            for gift in wrong:
+                Bad.gift = gift
+                attempt(lambda: FeatureTransform("bad")(*VECTORS), ())
+                with pytest.raises(InputError):
+                    FeatureTransform("bad")(*VECTORS)
+            del TRANSFORMS["bad"]
     finally:
         TRANSFORMS.pop("bad", None)
 

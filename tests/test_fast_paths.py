@@ -179,8 +179,9 @@ def test_a_transformation_of_ones_own_is_one_class():
 
         acts_on = "negatives"
 
-        def forward(self, q, k, keys):
-            return keys[len(keys) // 2 :]
+        def forward(self, q, k, negatives):
+            keys = self.shared(negatives)
+            return negatives._replace(shared=keys[len(keys) // 2 :])
 
     try:
         q, k, keys = unit(B, 1), unit(B, 2), unit(K, 3)
@@ -191,7 +192,7 @@ def test_a_transformation_of_ones_own_is_one_class():
         assert transform_names("late+posneg") == ["late", "pos", "neg"]
     finally:
         del TRANSFORMS["late"]
-    with pytest.raises(InputError, match="must be none, or one or more of neg, pos joined by"):
+    with pytest.raises(InputError, match="must be none, or one or more of .* joined by"):
         FeatureTransform("late")
 
 
