@@ -5,6 +5,7 @@
 #                                            each
 #   snakemake --profile profiles/slurm runs  the same on a cluster, one job a run; any other
 #                                            executor plugin works alike
+import shlex
 import sys
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def parameters(study, setting, seed):
     del own["seeds"]
     files = dict(seed=seed, out=f"results/{study}", name=f"{setting}-s{seed}")
     p = config[study]["shared"] | own | files
-    return " ".join(f"-p {name} {value}" for name, value in p.items())
+    return " ".join(f"-p {name} {shlex.quote(str(value))}" for name, value in p.items())
 
 
 rule figures:

@@ -115,7 +115,7 @@ def arms(
     setting = "-".join([mixing, *(name + as_text(p[name]) for name in changed)])
     return {"none": p | plain, setting: p}
 
-# %% ../nbs/14_study.ipynb #0ea6b90a
+# %% ../nbs/14_study.ipynb #2542cd6f
 class OnceOnly(yaml.SafeLoader):
     "Reads YAML, but refuses a name that stands twice, or that is no text"
     def compose_mapping_node(self, anchor):
@@ -171,7 +171,8 @@ def check_study(
         if not (isinstance(about, dict) and isinstance(about.get(key), dict) and about[key]):
             raise InputError(f"study {study} must have a block {key!r} of names and values.")
     for key in about:
-        one_of(f"a block of study {study}", key, ["about", "shared", "settings"])
+        one_of(f"a block of study {study}", key, ["about", "unfinished", "shared", "settings"])
+    one_of(f"study {study}: unfinished", about.get("unfinished", False), [True, False])
     for setting, own in about["settings"].items():
         where = f"study {study}, setting {setting}"
         as_file_name(f"a setting of study {study}", setting)

@@ -6,7 +6,9 @@
 __all__ = ['FLOATS', 'LEVELS', 'TRANSFORMS', 'ALIASES', 'CURVES', 'extrapolate', 'interpolate', 'beta_parameter', 'sample_beta',
            'check_memory', 'check_generator', 'Options', 'reach', 'reach_or_zero', 'Negatives', 'as_negatives',
            'Transform', 'mean_of', 'Extrapolation', 'Interpolation', 'transform_names', 'check_vectors', 'schedule',
-           'check_strength', 'check_alpha', 'mean_of_others', 'Auto', 'FeatureTransform']
+           'check_strength', 'check_alpha', 'mean_of_others', 'is_auto', 'Auto', 'FeatureTransform', 'on_arc',
+           'EasierPositives', 'ArcExtrapolation', 'NegativeExtrapolation', 'ArcInterpolation', 'Synthetic', 'MoCHi',
+           'SynCoIn', 'SynCoEx', 'SynCoMix', 'SynCoNoise', 'SynCoGrad', 'SynCoSign']
 
 # %% ../nbs/03_transform.ipynb #d4ddae41
 import math
@@ -170,10 +172,9 @@ def check_generator(
                          "where is drawn.")
     return device
 
-# %% ../nbs/03_transform.ipynb #4a29f8ea
+# %% ../nbs/03_transform.ipynb #ef950f52
 LEVELS = ["feature", "sample", "dimension"]
 
-# %% ../nbs/03_transform.ipynb #6ccd5fb6
 @dataclass
 class Options:
     "What every transformation of a step is told; raises `InputError` for a wrong word or number"
@@ -267,7 +268,7 @@ def as_negatives(
         raise InputError("mask is for keys that all queries share, (K, D): mask scores by -inf.")
     return Negatives(own=keys)
 
-# %% ../nbs/03_transform.ipynb #855ea85e
+# %% ../nbs/03_transform.ipynb #0f17e03b
 TRANSFORMS = {}  # name: class
 ALIASES = {"posneg": ["pos", "neg"]}  # a further name: the names it stands for
 
@@ -275,6 +276,7 @@ class Transform(nn.Module):
     "One transformation of a step's vectors; a subclass with a name enters `TRANSFORMS`"
     acts_on = "pair"  # or "negatives"
     draws = ()  # names of what it draws: columns of a record
+    levels = LEVELS  # that have a meaning here
 
     def __init_subclass__(cls, name=None, **more):
         super().__init_subclass__(**more)
@@ -290,6 +292,9 @@ class Transform(nn.Module):
         options: Options,  # Shared by all transformations of a step
     ):
         super().__init__()
+        if options.level not in self.levels:
+            raise InputError(f"level is {options.level!r}, but {type(self).__name__} knows only "
+                             f"{' and '.join(self.levels)}: take one of these.")
         self.options = options
         self.drawn = {}  # what the last call drew: name -> mean of all l, a scalar tensor
 
@@ -332,7 +337,7 @@ def mean_of(
         raise InputError(f"lam has the shape {tuple(lam.shape)}, but must hold a number.")
     return lam.detach().mean(dtype=torch.promote_types(lam.dtype, torch.float32))
 
-# %% ../nbs/03_transform.ipynb #69b2551f
+# %% ../nbs/03_transform.ipynb #a306cf9f
 class Extrapolation(Transform, name="pos"):
     "Positive pairs pushed apart by random l_ex in [1, 2] (arXiv 2108.02982)"
     draws = ("l_ex",)
@@ -342,14 +347,28 @@ class Extrapolation(Transform, name="pos"):
         self.drawn = {}
         if len(q) == 0:
             return q, k
-        lam = 1 + options.strength * options.draw(options.alpha, q, pairs=True)
-        self.drawn = {"l_ex": mean_of(lam)}
-        q_hat, k_hat = extrapolate(q, k, options.for_this_process(lam))  # (B, D) each
+        lam = self.lam(options.strength * options.draw(options.alpha, q, pairs=True))
+        self.drawn = {self.draws[0]: mean_of(lam)}
+        q_hat, k_hat = self.move(q, k, options.for_this_process(lam))  # (B, D) each
         q_hat = options.on_sphere(q_hat)
         k_hat = options.on_sphere(k_hat)
         return q_hat, k_hat.detach() if options.detach_key else k_hat
 
-# %% ../nbs/03_transform.ipynb #04d07942
+    def lam(self,
+        reached: Tensor,  # s * Beta: (), (N, 1) or (N, D)
+    ) -> Tensor:  # Of the same shape
+        "l of each pair"
+        return 1 + reached
+
+    def move(self,
+        q: Tensor,  # (B, D)
+        k: Tensor,  # (B, D)
+        lam: Tensor,  # (), (B, 1) or (B, D)
+    ) -> tuple[Tensor, Tensor]:  # (B, D) each
+        "The new pair"
+        return extrapolate(q, k, lam)
+
+# %% ../nbs/03_transform.ipynb #6b65c8f2
 class Interpolation(Transform, name="neg"):
     "Every negative key mixed with another one by random l_in in [0, 1] (arXiv 2108.02982)"
     acts_on = "negatives"
@@ -369,14 +388,22 @@ class Interpolation(Transform, name="neg"):
         if options.level == "dimension" and not keys.requires_grad:
             return self.put(negatives, self.by_blocks(keys, perm), mask)
         lam = self.draw_lam(keys)
-        self.drawn = {"l_in": mean_of(lam)}
-        return self.put(negatives, options.on_sphere(_mix(keys, lam, perm)), mask)
+        self.drawn = {self.draws[0]: mean_of(lam)}
+        return self.put(negatives, options.on_sphere(self.mix(keys, lam, perm)), mask)
 
     def draw_lam(self,
         keys: Tensor,  # (N, D)
     ) -> Tensor:  # (), (N, 1) or (N, D)
-        "l_in of each key"
+        "l of each key"
         return self.options.draw(self.options.alpha_neg, keys)
+
+    def mix(self,
+        keys: Tensor,  # (K, D)
+        lam: Tensor,  # (), (K, 1) or (K, D)
+        perm: Tensor,  # (K,) each key's partner
+    ) -> Tensor:  # (K, D)
+        "The new keys"
+        return _mix(keys, lam, perm)
 
     def by_blocks(self,
         keys: Tensor,  # (K, D), without a gradient
@@ -392,7 +419,7 @@ class Interpolation(Transform, name="neg"):
             torch.lerp(keys.index_select(0, partner), old, lam, out=new)
             if options.renormalize:
                 new.copy_(options.on_sphere(new))
-        self.drawn = {"l_in": total / len(keys)}
+        self.drawn = {self.draws[0]: total / len(keys)}
         return keys_hat
 
 # %% ../nbs/03_transform.ipynb #afbe3bc9
@@ -418,7 +445,7 @@ def transform_names(
             names.append(name)
     return names
 
-# %% ../nbs/03_transform.ipynb #a666d00f
+# %% ../nbs/03_transform.ipynb #61a6bc33
 def check_vectors(
     q: Tensor,  # (B, D)
     k: Tensor,  # (B, D)
@@ -429,13 +456,14 @@ def check_vectors(
     vectors = {name: (x, "BD") for name, x in dict(q=q, k=k, **more).items()}
     negatives = as_negatives(keys)
     mask = negatives.mask
-    if negatives.shared is not None:
+    if negatives.shared is not None or negatives.own is None:
         vectors["keys"] = (negatives.shared, "KD")
     if negatives.own is not None:
         vectors["own keys" if "keys" in vectors else "keys"] = (negatives.own, "BSD")
-    check_shapes(**vectors)
-    if mask is not None:
-        check_shapes(q=(q, "BD"), keys=(negatives.shared, "KD"), mask=(mask, "BK"))
+    if mask is None:
+        check_shapes(**vectors)
+    else:
+        check_shapes(**vectors, mask=(mask, "BK"))
         if mask.dtype != torch.bool or mask.device != q.device:
             raise InputError(f"mask holds {mask.dtype} on {mask.device}, but must hold bools on "
                              f"{q.device}, True where a key is no negative.")
@@ -447,7 +475,7 @@ def check_vectors(
             raise InputError(f"q is {q.layout} on {q.device} and {name} {x.layout} on {x.device}, "
                              "but all must be plain tensors on one device.")
 
-# %% ../nbs/03_transform.ipynb #665c0178
+# %% ../nbs/03_transform.ipynb #d4e7314f
 CURVES = {  # name: share of the run that is over -> share of the way
     "linear": lambda over: over,
     "cosine": lambda over: (1 - math.cos(math.pi * over)) / 2,
@@ -484,7 +512,9 @@ def check_strength(
     strength: float | str,
 ):
     "Raise `InputError` unless this is a strength: a number, `auto`, or a schedule"
-    if isinstance(strength, str) and strength != "auto":
+    if is_auto(strength):
+        Auto(strength)
+    elif isinstance(strength, str):
         schedule("strength", strength, reach_or_zero)
 
 def check_alpha(
@@ -493,7 +523,7 @@ def check_alpha(
     "Raise `InputError` unless this is an alpha: a number, or a schedule"
     schedule("alpha", alpha, beta_parameter)
 
-# %% ../nbs/03_transform.ipynb #db87c23a
+# %% ../nbs/03_transform.ipynb #d4086e59
 def mean_of_others(
     q: Tensor,  # (B, D) queries
     k: Tensor,  # (B, D) their positive keys
@@ -516,12 +546,26 @@ def mean_of_others(
     total, n = processes.gather(torch.stack([total, counted.sum().to(wide)])[None]).sum(0)
     return total / n
 
+def is_auto(
+    strength: float | str,
+) -> bool:
+    "Whether this is `auto`, alone or with a ceiling"
+    return isinstance(strength, str) and strength.split()[:1] == ["auto"]
+
 class Auto(nn.Module):
     "A strength that falls to 0 as the mean score of different images rises to a limit"
     def __init__(self,
-        neg_limit: float = 0.2,  # m_0, above 0 and at most 1
+        strength: str = "auto",  # Or with another ceiling than s_1 = 0.25, as `auto 0.5`
+        neg_limit: float = 0.5,  # m_0, above 0 and at most 1
     ):
         super().__init__()
+        try:
+            ceilings = [float(word) for word in strength.split()[1:]] or [0.25]
+            (self.ceiling,) = ceilings
+        except ValueError:
+            raise InputError(f"strength is {shown(strength)}, but must be auto, or auto and one "
+                             "number, as 'auto 0.5'.") from None
+        reach("the ceiling of strength", self.ceiling)
         self.neg_limit = reach("neg_limit", neg_limit)
         self.register_buffer("signal", torch.full((), math.nan))  # running mean of m
 
@@ -537,9 +581,9 @@ class Auto(nn.Module):
         before = self.signal.to(q.device)
         smooth = torch.where(before.isnan(), now, before.lerp(now, 0.1))
         self.signal = torch.where(now.isnan(), before, smooth)
-        return (1 - self.signal / self.neg_limit).clamp(0, 1).nan_to_num(0.0)
+        return self.ceiling * (1 - self.signal / self.neg_limit).clamp(0, 1).nan_to_num(0.0)
 
-# %% ../nbs/03_transform.ipynb #22ca591a
+# %% ../nbs/03_transform.ipynb #3e8dab3d
 def _of_options(name):
     "A property that is kept in `options`, where every transformation of the step reads it"
     def read(self):
@@ -562,12 +606,12 @@ class FeatureTransform(nn.Module):
         strength: float | str = 1.0,  # s: reach of l_ex, above 0 and at most 1; `auto`; a schedule
         detach_key: bool = False,  # Stop the gradient through k_hat
         append: bool = False,  # Whether new negatives join the old ones, or replace them
-        neg_limit: float = 0.2,  # m_0: `auto` is off where different images score so on average
+        neg_limit: float = 0.5,  # m_0: `auto` is off where different images score so on average
         generator: torch.Generator | None = None,  # Of all draws, on the device of the vectors
     ):
         super().__init__()
         self.progress = None  # share of the run that is over, 0 to 1: what a schedule needs
-        self.auto = Auto(neg_limit) if isinstance(strength, str) and strength == "auto" else None
+        self.auto = Auto(strength, neg_limit) if is_auto(strength) else None
         self.changes = isinstance(strength, str)  # from call to call
         allowed = reach_or_zero if self.changes else reach
         self.strength_at = schedule("strength", 1.0 if self.auto else strength, allowed)
@@ -622,6 +666,9 @@ class FeatureTransform(nn.Module):
         "Transform a step's vectors; raises `InputError` for shapes that do not fit"
         negatives = as_negatives(keys, mask)
         check_vectors(q, k, negatives)
+        if negatives.mask is None and (negatives.shared is q or negatives.shared is k):
+            raise InputError("keys are the batch's own vectors, so a query would meet its own key: "
+                             "give a mask, as in_batch of ftcl.loss does.")
         self.drawn = {}
         if self.parts:
             self.set_strength(q, k, negatives)
@@ -637,3 +684,177 @@ class FeatureTransform(nn.Module):
             check_vectors(q, k, negatives)
             self.drawn.update(part.drawn)
         return q, k, negatives.plain()
+
+# %% ../nbs/03_transform.ipynb #174bacb6
+def on_arc(
+    a: Tensor,  # (N, D)
+    b: Tensor,  # (N, D)
+    lam: float | Tensor,  # l, a number, a scalar or (N, 1): 1 gives a, 0 gives b
+) -> Tensor:  # (N, D) of length 1
+    "Directions on the great circle of a and b; raises `InputError` for wrong shapes"
+    _check_alike(a=a, b=b)
+    lam = _factor(lam, a)
+    if isinstance(lam, Tensor) and lam.ndim == 2 and lam.shape[1] > 1:
+        raise InputError(f"lam has the shape {tuple(lam.shape)}, but two vectors have one angle: "
+                         "take a number for each two, (N, 1).")
+    a = F.normalize(a, dim=1)
+    b = F.normalize(b, dim=1)
+    middle = a + b  # (N, D)
+    gap = a - b  # (N, D), at right angles to it
+    half = torch.atan2(_length(gap), _length(middle))  # (N, 1), theta / 2
+    turn = ((2 * lam - 1) * half).clamp(-math.pi / 2, math.pi / 2)  # (N, 1), from the middle
+    along = torch.sin(math.pi / 2 - turn.abs()) / _length(middle)  # (N, 1)
+    aside = torch.sin(turn) / _length(gap)  # (N, 1)
+    return along * middle + aside * gap
+
+def _length(x):
+    "Lengths of rows, (N, 1), kept just above 0, so that a gradient is finite"
+    smallest = torch.finfo(x.dtype).eps
+    return (x.square().sum(1, keepdim=True) + smallest**2).sqrt()
+
+# %% ../nbs/03_transform.ipynb #abba28dc
+class EasierPositives(Extrapolation, name="pos_in"):
+    "Positive pairs pulled together by random l_pos_in in [1/2, 1]"
+    draws = ("l_pos_in",)
+
+    def lam(self, reached):
+        return 1 - reached / 2
+
+class ArcExtrapolation(Extrapolation, name="pos_arc"):
+    "Positive pairs pushed apart along their great circle by random l_pos_arc in [1, 2]"
+    draws = ("l_pos_arc",)
+    levels = ["feature", "sample"]
+
+    def move(self, q, k, lam):
+        return on_arc(q, k, lam), on_arc(k, q, lam)
+
+# %% ../nbs/03_transform.ipynb #9a2a7c0d
+class NegativeExtrapolation(Interpolation, name="neg_ex"):
+    "Every negative key pushed away from another one by random l_neg_ex in [1, 2]"
+    draws = ("l_neg_ex",)
+
+    def draw_lam(self, keys):
+        return 1 + self.options.strength * super().draw_lam(keys)
+
+class ArcInterpolation(Interpolation, name="neg_arc"):
+    "Every negative key mixed with another one on their great circle by random l_neg_arc in [0, 1]"
+    draws = ("l_neg_arc",)
+    levels = ["feature", "sample"]
+
+    def mix(self, keys, lam, perm):
+        return on_arc(keys, keys[perm], lam)
+
+# %% ../nbs/03_transform.ipynb #3a97ec29
+class Synthetic(Transform):
+    "Negatives made for each query of its hardest ones, beside the others; for subclasses"
+    acts_on = "negatives"
+    hardest = 1024  # N
+
+    def forward(self, q, k, negatives):
+        self.drawn = {}
+        keys = self.shared(negatives)  # (K, D)
+        with torch.no_grad():
+            order = self.order(q, keys, negatives.mask)  # (B, N)
+            if not order.numel():
+                return negatives
+            own = F.normalize(self.make(q[:, None], keys, order), dim=2)  # (B, S, D)
+        if negatives.own is not None:
+            own = torch.cat([negatives.own, own], 1)
+        return negatives._replace(own=own)
+
+    def make(self,
+        q: Tensor,  # (B, 1, D)
+        keys: Tensor,  # (K, D)
+        order: Tensor,  # (B, N) indices of each query's hardest keys
+    ) -> Tensor:  # (B, S, D) of any length
+        "The new negatives"
+        raise NotImplementedError
+
+    def order(self,
+        q: Tensor,  # (B, D)
+        keys: Tensor,  # (K, D)
+        mask: Tensor | None,  # (B, K) True where a key must not be chosen
+    ) -> Tensor:  # (B, N), N as large as all queries allow
+        "The keys that score highest with each query, hardest first"
+        most = min(self.hardest, len(keys))
+        score = q @ keys.T  # (B, K)
+        if mask is not None and len(q):
+            score = score.masked_fill(mask, -torch.inf)
+            free = (~mask).sum(1).amin()[None]  # (1,)
+            most = min(most, int(self.options.processes.gather(free).amin()))
+        return score.topk(most, 1).indices
+
+    def some(self,
+        n: int,  # How many of each query's hardest keys; at most N
+        keys: Tensor,  # (K, D)
+        order: Tensor,  # (B, N)
+    ) -> Tensor:  # (B, n, D); a key may come twice
+        "Some of the hardest keys by chance"
+        shape = (len(order) * self.options.processes.count, min(n, order.shape[1]))
+        drawn = torch.randint(order.shape[1], shape, generator=self.options.generator,
+                              device=keys.device)
+        return keys[order.gather(1, self.options.processes.part(drawn))]
+
+    def random(self,
+        draw: Callable,  # torch.rand or torch.randn
+        like: Tensor,  # (B, n, D)
+        d: int = 1,  # Numbers for each vector
+    ) -> Tensor:  # (B, n, d)
+        "Random numbers for the new negatives of a whole batch, of which this process has its part"
+        shape = (len(like) * self.options.processes.count, like.shape[1], d)
+        numbers = draw(shape, generator=self.options.generator, device=like.device)
+        return self.options.processes.part(numbers).to(like.dtype)
+
+class MoCHi(Synthetic, name="mochi"):
+    "Mixtures of two hard negatives, and of one and the query (arXiv 2010.01028)"
+    pairs = 1024  # s
+    with_query = 128  # s'
+
+    def make(self, q, keys, order):
+        n = self.some(self.pairs, keys, order)  # (B, s, D)
+        other = self.some(self.pairs, keys, order)
+        a = self.random(torch.rand, n)  # (B, s, 1)
+        mixed = self.some(self.with_query, keys, order)  # (B, s', D)
+        b = self.random(torch.rand, mixed) / 2
+        return torch.cat([a * n + (1 - a) * other, b * q + (1 - b) * mixed], 1)
+
+# %% ../nbs/03_transform.ipynb #5380ca7f
+class SynCoIn(Synthetic, name="synco_in"):
+    "Hard negatives drawn towards the query (SynCo, arXiv 2410.02401)"
+    def make(self, q, keys, order):
+        n = self.some(256, keys, order)  # (B, S, D)
+        a = self.random(torch.rand, n) / 2  # (B, S, 1)
+        return a * q + (1 - a) * n
+
+class SynCoEx(Synthetic, name="synco_ex"):
+    "Hard negatives pushed away from the query"
+    def make(self, q, keys, order):
+        n = self.some(256, keys, order)  # (B, S, D)
+        b = 1 + self.random(torch.rand, n) / 2  # (B, S, 1)
+        return q + b * (n - q)
+
+class SynCoMix(Synthetic, name="synco_mix"):
+    "Mixtures of two hard negatives"
+    def make(self, q, keys, order):
+        n = self.some(256, keys, order)  # (B, S, D)
+        other = self.some(256, keys, order)
+        c = self.random(torch.rand, n)  # (B, S, 1)
+        return c * n + (1 - c) * other
+
+class SynCoNoise(Synthetic, name="synco_noise"):
+    "Hard negatives with noise"
+    def make(self, q, keys, order):
+        n = self.some(64, keys, order)  # (B, S, D)
+        return n + 0.01 * self.random(torch.randn, n, n.shape[2])
+
+class SynCoGrad(Synthetic, name="synco_grad"):
+    "Hard negatives a small step along the gradient of their score"
+    def make(self, q, keys, order):
+        return self.some(64, keys, order) + 0.01 * q
+
+class SynCoSign(Synthetic, name="synco_sign"):
+    "Hard negatives a small step along the sign of that gradient"
+    def make(self, q, keys, order):
+        return self.some(64, keys, order) + 0.01 * q.sign()
+
+ALIASES["synco"] = ["synco_in", "synco_ex", "synco_mix", "synco_noise", "synco_grad", "synco_sign"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ftcl.method import as_published
 from ftcl.record import defaults, read_record, result_parameters
 from ftcl.study import read_studies
 from ftcl.train import pretrain
@@ -79,17 +80,27 @@ def test_drawing_never_trains():
     assert "rule run:" not in planned and "rule vectors:" not in planned
 
 
-def test_no_run_of_the_graph_is_missing():
-    assert "Nothing to be done" in snakemake(ROOT, "--dry-run", "runs")
+def unfinished():
+    "Studies that say of themselves that runs are still to be made"
+    studies = yaml.safe_load((ROOT / "studies.yaml").read_text())
+    return {study for study, about in studies.items() if about.get("unfinished")}
+
+
+def test_no_run_of_a_finished_study_is_missing():
+    planned = snakemake(ROOT, "--dry-run", "runs")
+    missing = set(re.findall(r"output: results/([^/]+)/", planned))
+    assert missing <= unfinished()
+    assert missing or "Nothing to be done" in planned
 
 
 @pytest.mark.parametrize("study", STUDIES)
 def test_the_graph_would_make_the_runs_that_lie_there(study):
     records = {path.stem: read_record(path) for path in (ROOT / "results" / study).glob("*.json")}
-    assert set(records) == set(STUDIES[study])
-    for name, asked in STUDIES[study].items():
-        made = defaults(pretrain) | records[name]["parameters"]
-        asked = defaults(pretrain) | asked
+    assert set(records) <= set(STUDIES[study])
+    assert set(records) == set(STUDIES[study]) or study in unfinished()
+    for name, record in records.items():
+        made = as_published(defaults(pretrain) | record["parameters"])
+        asked = as_published(defaults(pretrain) | STUDIES[study][name])
         assert result_parameters(asked, pretrain) == result_parameters(made, pretrain), name
 
 
