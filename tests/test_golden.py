@@ -4,7 +4,6 @@ import json
 
 import golden
 import pytest
-import torch
 
 from ftcl.core import native_precision
 from ftcl.scores import BINS, LIMIT
@@ -12,15 +11,7 @@ from ftcl.train import pretrain
 
 KEPT = json.loads(golden.FILE.read_text())
 RUNS = {", ".join(f"{n}={v}" for n, v in run["setting"].items()): run for run in KEPT["runs"]}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "The number of threads decides the order of sums"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_kept_runs_are_those_that_are_compared():

@@ -27,15 +27,7 @@ from ftcl.scores import read_scores
 from ftcl.train import evaluate_checkpoint, pretrain
 
 STEPS = 9
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "The number of threads decides the order of sums"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(out, **parameters):

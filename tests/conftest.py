@@ -1,0 +1,13 @@
+"What several files of tests need"
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    "The number of threads decides the order of sums"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
