@@ -523,7 +523,7 @@ def check_alpha(
     "Raise `InputError` unless this is an alpha: a number, or a schedule"
     schedule("alpha", alpha, beta_parameter)
 
-# %% ../nbs/03_transform.ipynb #d4086e59
+# %% ../nbs/03_transform.ipynb #65a8296e
 def mean_of_others(
     q: Tensor,  # (B, D) queries
     k: Tensor,  # (B, D) their positive keys
@@ -554,6 +554,8 @@ def is_auto(
 
 class Auto(nn.Module):
     "A strength that falls to 0 as the mean score of different images rises to a limit"
+    rise = 200  # calls, at least, from 0 to the ceiling
+
     def __init__(self,
         strength: str = "auto",  # Or with another ceiling than s_1 = 0.25, as `auto 0.5`
         neg_limit: float = 0.5,  # m_0, above 0 and at most 1
@@ -568,6 +570,7 @@ class Auto(nn.Module):
         reach("the ceiling of strength", self.ceiling)
         self.neg_limit = reach("neg_limit", neg_limit)
         self.register_buffer("signal", torch.full((), math.nan))  # running mean of m
+        self.register_buffer("strength", torch.zeros(()))  # s of the last call
 
     @torch.no_grad()
     def forward(self,
@@ -581,7 +584,10 @@ class Auto(nn.Module):
         before = self.signal.to(q.device)
         smooth = torch.where(before.isnan(), now, before.lerp(now, 0.1))
         self.signal = torch.where(now.isnan(), before, smooth)
-        return self.ceiling * (1 - self.signal / self.neg_limit).clamp(0, 1).nan_to_num(0.0)
+        borne = self.ceiling * (1 - self.signal / self.neg_limit).clamp(0, 1).nan_to_num(0.0)
+        highest = self.strength.to(q.device) + self.ceiling / self.rise
+        self.strength = torch.minimum(borne, highest)
+        return self.strength
 
 # %% ../nbs/03_transform.ipynb #3e8dab3d
 def _of_options(name):
@@ -744,7 +750,7 @@ class ArcInterpolation(Interpolation, name="neg_arc"):
     def mix(self, keys, lam, perm):
         return on_arc(keys, keys[perm], lam)
 
-# %% ../nbs/03_transform.ipynb #3a97ec29
+# %% ../nbs/03_transform.ipynb #07503703
 class Synthetic(Transform):
     "Negatives made for each query of its hardest ones, beside the others; for subclasses"
     acts_on = "negatives"
@@ -757,7 +763,8 @@ class Synthetic(Transform):
             order = self.order(q, keys, negatives.mask)  # (B, N)
             if not order.numel():
                 return negatives
-            own = F.normalize(self.make(q[:, None], keys, order), dim=2)  # (B, S, D)
+            own = self.make(q[:, None], keys, order)  # (B, S, D)
+            F.normalize(own, dim=2, out=own)
         if negatives.own is not None:
             own = torch.cat([negatives.own, own], 1)
         return negatives._replace(own=own)
@@ -814,17 +821,19 @@ class MoCHi(Synthetic, name="mochi"):
         n = self.some(self.pairs, keys, order)  # (B, s, D)
         other = self.some(self.pairs, keys, order)
         a = self.random(torch.rand, n)  # (B, s, 1)
-        mixed = self.some(self.with_query, keys, order)  # (B, s', D)
-        b = self.random(torch.rand, mixed) / 2
-        return torch.cat([a * n + (1 - a) * other, b * q + (1 - b) * mixed], 1)
+        of_two = other.lerp_(n, a)  # a n + (1 - a) n'
+        n = self.some(self.with_query, keys, order)  # (B, s', D)
+        b = self.random(torch.rand, n) / 2
+        with_q = n.lerp_(q, b)  # b q + (1 - b) n
+        return torch.cat([of_two, with_q], 1)
 
-# %% ../nbs/03_transform.ipynb #5380ca7f
+# %% ../nbs/03_transform.ipynb #aad672f0
 class SynCoIn(Synthetic, name="synco_in"):
     "Hard negatives drawn towards the query (SynCo, arXiv 2410.02401)"
     def make(self, q, keys, order):
         n = self.some(256, keys, order)  # (B, S, D)
         a = self.random(torch.rand, n) / 2  # (B, S, 1)
-        return a * q + (1 - a) * n
+        return n.lerp_(q, a)  # a q + (1 - a) n
 
 class SynCoEx(Synthetic, name="synco_ex"):
     "Hard negatives pushed away from the query"
@@ -839,7 +848,7 @@ class SynCoMix(Synthetic, name="synco_mix"):
         n = self.some(256, keys, order)  # (B, S, D)
         other = self.some(256, keys, order)
         c = self.random(torch.rand, n)  # (B, S, 1)
-        return c * n + (1 - c) * other
+        return other.lerp_(n, c)  # c n + (1 - c) n'
 
 class SynCoNoise(Synthetic, name="synco_noise"):
     "Hard negatives with noise"
