@@ -22,7 +22,7 @@ shell.prefix(
 
 PAPERMILL = f"{sys.executable} -m papermill --no-progress-bar --log-level WARNING"
 
-FIGURES = {  # notebook in nbs/figures: (study that it is drawn from, its pictures)
+FIGURES = {  # notebook in nbs/figures: (study that it is drawn from, *: all; its pictures)
     "motivation": ("cifar10-momentum", ["motivation"]),
     "pipeline": ("", ["pipeline"]),
     "sphere": ("sphere", ["sphere", "sphere-pair"]),
@@ -44,6 +44,7 @@ FIGURES = {  # notebook in nbs/figures: (study that it is drawn from, its pictur
     "mixing": ("cifar10-mixing", ["cifar10-mixing-accuracy", "cifar10-mixing-scores"]),
     "regime": ("cifar10-regime", ["cifar10-regime", "cifar10-controls", "cifar10-collapse"]),
     "screening": ("cifar10-screening", ["cifar10-screening"]),
+    "verdict": ("*", ["verdict"]),
 }
 RUNS = [
     f"results/{study}/{setting}-s{seed}"
@@ -61,7 +62,7 @@ def pictures(names):
 def records(study):
     "The records that a figure is drawn from"
     # as absolute paths, which no rule makes: drawing never trains
-    files = Path("results", study).glob("*") if study else []
+    files = Path("results").glob(f"{study}/*") if study else []
     return sorted(str(p.resolve()) for p in files if p.suffix in (".json", ".parquet"))
 
 

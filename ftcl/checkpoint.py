@@ -9,7 +9,7 @@ __all__ = ['CHECKPOINT', 'NOTE', 'Written', 'State', 'chained', 'with_rows', 'wr
            'read_checkpoint', 'read_note', 'refuse_other_run', 'load_state', 'load_momentum', 'refuse_other_data',
            'load_checkpoint', 'load_method', 'load_encoder']
 
-# %% ../nbs/12_checkpoint.ipynb #b68b048a
+# %% ../nbs/12_checkpoint.ipynb #0c98e5a0
 import hashlib
 import json
 import os
@@ -26,6 +26,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import safe_open
 from torch import Tensor, nn
+import ftcl.methods.all  # a checkpoint may be of any method
 from .core import InputError, as_path, reason, replacing, shown
 from .encoder import Encoder
 from .method import Method, build_method, transform_of

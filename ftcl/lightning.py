@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['ScoreCallback']
 
-# %% ../nbs/16_lightning.ipynb #9c2db791
+# %% ../nbs/16_lightning.ipynb #2527d416
+import logging
 import warnings
 from contextlib import ExitStack
 import torch
 from torch import Tensor
 from .core import InputError, alone, locked, nearest, whole
 from .record import writable
-from .scores import ScoreRecorder, read_scores, scores_path
+from .scores import WINDOW, ScoreRecorder, read_scores, scores_path
 from .visualize import LiveScores
 try:
     from lightning.pytorch import Callback
@@ -50,7 +51,7 @@ def _entries(
         f"tensors loss, pos (B,) and neg (B, K), and may add {', '.join(_OPTIONAL)}.{hint}"
     )
 
-# %% ../nbs/16_lightning.ipynb #387c2878
+# %% ../nbs/16_lightning.ipynb #569296b1
 class ScoreCallback(Callback):
     "Records the scores that `training_step` returns, draws them meanwhile, writes one Parquet file"
     def __init__(self,
@@ -64,6 +65,7 @@ class ScoreCallback(Callback):
         self.every = whole("every", every, 1)
         self.live = live
         self.step = 0  # batches so far
+        self.looked = 0  # how many times 50 batches at the last look for a warning
         self.curves = None
         self.recorder = ScoreRecorder(tau=tau, tau_pos=tau_pos)
         self.resumed = False  # whether the rows are those of a checkpoint that was just read
@@ -149,14 +151,25 @@ class ScoreCallback(Callback):
             loss = loss * trainer.accumulate_grad_batches
         loss = self.recorder.gather(loss.reshape(1)).mean()  # ()
         self.recorder.record(step, **needed, **optional, loss=loss)
+        self._warn(trainer)
         if self.curves:
             self.curves.update()
+
+    def _warn(self, trainer):
+        "Tell once, by a warning, that the scores look bad; looks every 50 batches"
+        if self.step // WINDOW == self.looked:
+            return
+        self.looked = self.step // WINDOW
+        said = self.recorder.warn_once()
+        if said and trainer.is_global_zero:
+            warnings.warn(said)
 
     def on_train_end(self, trainer, pl_module):
         "Write the file, and draw all of it"
         try:
             if trainer.is_global_zero and not self.dry:
                 self.recorder.save(self.path)
+                logging.getLogger(Callback.__module__).info(self.recorder.verdict().sentence)
         finally:
             self._release()
         if self.curves:

@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'NEG_QUERIES', 'OWN', 'Step', 'Contrast', 'Rate', 'Method', 'join', 'join_contrasts', 'vectors_of',
            'slow_copy', 'MoCo', 'MoCoV1', 'MoCoV2', 'as_published', 'transform_of', 'build_method', 'augmentation_of']
 
-# %% ../nbs/09_method.ipynb #6f132288
+# %% ../nbs/09_method.ipynb #fe6e73b2
 from copy import deepcopy
 from typing import NamedTuple
 import torch
@@ -15,7 +15,7 @@ from .core import PRECISIONS, START, WEIGHTS, InputError, Processes
 from .core import check_shapes, one_of, reason, register, seeded, shown, whole, within
 from .encoder import Encoder, batch_parts, call_backbone, check_features
 from .encoder import check_splits, ema_update, first_weight
-from .loss import info_nce, scores, temperature
+from .loss import info_nce, reweighted_info_nce, scores, temperature
 from .queue import Queue
 from .transform import TRANSFORMS, FeatureTransform, Negatives, as_negatives, transform_names
 from .views import AUGMENTATIONS, Augmentation, with_view_strength
@@ -44,7 +44,7 @@ class Contrast(NamedTuple):
 METHODS = {}  # name: class
 NEG_QUERIES = ["transformed", "original"]
 
-# %% ../nbs/09_method.ipynb #5ca6de9d
+# %% ../nbs/09_method.ipynb #13cb9e32
 OWN = -1  # a parameter's value that stands for the method's own, in `recipe`
 
 class Rate(NamedTuple):
@@ -62,6 +62,8 @@ class Method(nn.Module):
     small_views = None  # or `SmallViews`: `forward` takes them after the two
     tau = None  # temperature of its softmax; None where it has none
     tau_pos = None  # temperature of the positive alone; None: `tau`
+    beta = 0.0  # how much harder negatives weigh more (HCL)
+    tau_plus = 0.0  # share of negatives that are thought to be positives (HCL)
     neg_query = "transformed"  # which query meets the negatives: one of `NEG_QUERIES`
 
     def __init_subclass__(cls, name: str | None = None, **more):
@@ -145,6 +147,15 @@ class Method(nn.Module):
         q_neg = q if self.neg_query == "original" else None
         after = scores(*self.transform(q, k, keys), q_neg=q_neg)
         return Contrast(*after, before, self.transform.drawn)
+
+    def softmax_loss(self,
+        pos: Tensor,  # (B,)
+        neg: Tensor,  # (B, K)
+    ) -> tuple[Tensor, Tensor | None]:  # Loss, and the soft maximum (B,) where it has it
+        "InfoNCE, or its reweighted form where `beta` or `tau_plus` ask for it"
+        if self.beta or self.tau_plus:
+            return reweighted_info_nce(pos, neg, self.tau, self.beta, self.tau_plus), None
+        return info_nce(pos, neg, self.tau, self.tau_pos, with_soft_max=True)
 
     def update(self,
         step: Step,  # As `forward` gave it
@@ -232,7 +243,7 @@ def _own_parts(encoder):
     parts = getattr(encoder, "bn_splits", None)
     return batch_parts(encoder) if parts is None else whole("bn_splits", parts, 1)
 
-# %% ../nbs/09_method.ipynb #0c647f09
+# %% ../nbs/09_method.ipynb #deeddeb8
 class MoCo(Method):
     "Momentum contrast: queries against the keys of a slower encoder and a queue of earlier ones"
     def __init__(self,
@@ -245,9 +256,13 @@ class MoCo(Method):
         symmetric: bool = False,  # Each view is once the query and once the key
         neg_query: str = "transformed",  # Which query meets the negatives: see `NEG_QUERIES`
         precision: str = "fp32",  # `bf16` or `fp32` inside the encoders
+        beta: float = 0.0,  # As in `reweighted_info_nce`; 0 with `tau_plus` 0: InfoNCE
+        tau_plus: float = 0.0,  # As in `reweighted_info_nce`
     ):
         super().__init__(encoder, transform, precision)
         _check_kind("queue", queue, Queue)
+        self.beta = within("beta", beta, 0, 100)
+        self.tau_plus = within("tau_plus", tau_plus, 0, 0.99)
         _check_kind("symmetric", symmetric, bool)
         self.key_encoder = slow_copy(encoder)
         self.queue = queue
@@ -290,6 +305,8 @@ class MoCo(Method):
             symmetric=p["symmetric"],
             neg_query=p["neg_query"],
             precision=p["precision"],
+            beta=p.get("beta") or 0.0,
+            tau_plus=p.get("tau_plus") or 0.0,
         )
 
     def encode_keys(self,
@@ -348,9 +365,7 @@ class MoCo(Method):
         with torch.autocast(v1.device.type, enabled=False):
             own = [self.processes.part(k) for k in keys]  # (b, D) each
             both = self.both_directions(q.chunk(len(own)), own, mix, look)
-            loss, soft_max = info_nce(
-                both.pos, both.neg, self.tau, self.tau_pos, with_soft_max=True
-            )
+            loss, soft_max = self.softmax_loss(both.pos, both.neg)
         kept = dict(keys=join(keys))
         features = (q, join(own))
         return Step(loss, both.pos, both.neg, both.before, features, soft_max, both.drawn, kept)

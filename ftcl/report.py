@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DASHES', 'CSS', 'HTML', 'OURS', 'DPI', 'plain_text', 'short_text', 'panel_title', 'shared_columns', 'column_curves',
-           'run_menu', 'legend_height', 'score_figure', 'page_path', 'html_report', 'small_png', 'paper_style',
-           'save_figure']
+           'run_menu', 'legend_height', 'score_figure', 'verdict_items', 'page_path', 'html_report', 'small_png',
+           'paper_style', 'save_figure']
 
-# %% ../nbs/15_report.ipynb #6daff312
+# %% ../nbs/15_report.ipynb #28c9c8ff
 import math
 import sys
 from html import escape
@@ -26,6 +26,7 @@ from .core import InputError, as_file_name, as_path, reason, replacing, shown
 from .scores import FEATURE_COLUMNS, RESERVED, SCORE_COLUMNS, SOFTMAX_COLUMNS
 from .study import project
 from .train import LOOP_COLUMNS
+from .verdict import verdict_line
 from .visualize import checked_runs, join_scores
 
 # %% ../nbs/15_report.ipynb #b18c6418
@@ -164,12 +165,27 @@ def score_figure(
     fig.update_annotations(font_size=12)
     return fig.update_xaxes(title=dict(text="iteration", standoff=2, font_size=12))
 
-# %% ../nbs/15_report.ipynb #7a858047
+# %% ../nbs/15_report.ipynb #6a82d516
+def verdict_items(
+    runs: dict,  # label -> list of data frames, one per seed (or a single one)
+) -> str:  # Items of an HTML list
+    "A line for each run and seed: what its last steps say; raises `InputError` as `checked_runs`"
+    checked_runs(runs)
+    items = []
+    for label, frames in runs.items():
+        frames = [frames] if isinstance(frames, pd.DataFrame) else frames
+        for number, frame in enumerate(frames, 1):
+            name = escape(f"{short_text(label)}, run {number}")
+            items.append(f"<li><b>{name}</b>: {escape(verdict_line(frame))}</li>")
+    return "\n".join(items)
+
+# %% ../nbs/15_report.ipynb #721afff3
 CSS = """
 body { font-family: sans-serif; margin: 2em auto; padding: 0 1em; max-width: 1200px }
 h1 { overflow-wrap: anywhere }
 div { overflow-x: auto }
 td, th { padding: 0.2em 0.8em; text-align: right; white-space: nowrap }
+li { overflow-wrap: anywhere }
 """
 HTML = """<!DOCTYPE html>
 <html lang="en">
@@ -186,6 +202,9 @@ HTML = """<!DOCTYPE html>
 <p>Choose runs by the menu, or by a click on the legend (two clicks: this one alone).
 Draw a box to zoom; two clicks into a panel show all of it again.</p>
 {curves}
+<ul>
+{verdicts}
+</ul>
 <div>{table}</div>
 </body>
 </html>
@@ -212,7 +231,7 @@ def page_path(
         raise InputError(f"{path} {problem}")
     return path
 
-# %% ../nbs/15_report.ipynb #d1734d45
+# %% ../nbs/15_report.ipynb #cf719616
 def html_report(
     runs: dict,  # label -> list of data frames, one per seed (or a single one)
     path: str,  # A `.html` file, written under another name first
@@ -231,6 +250,7 @@ def html_report(
         title=escape(str(title)),
         style=CSS,
         curves=figure.to_html(include_plotlyjs=True, full_html=False, div_id="scores"),
+        verdicts=verdict_items(runs),
         table=rows,
     )
     try:

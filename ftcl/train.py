@@ -7,10 +7,10 @@ __all__ = ['SETTINGS', 'LAUNCHERS', 'ROUNDING', 'LOOP_COLUMNS', 'Decode', 'Image
            'set_lr', 'check_fit', 'without_settings', 'refuse_surroundings', 'leave_processes', 'plain_accelerator',
            'set_rounding', 'find_device', 'begin', 'seed_layers', 'callers_random_numbers', 'gradient_norms',
            'drawn_columns', 'train_step', 'check_finite', 'add_up_losses', 'stop_signal', 'any_caught', 'told_to_stop',
-           'steps_to_come', 'views_to_come', 'train_epoch', 'readout_settings', 'running_statistics', 'end_epoch',
-           'progress_bar', 'train_to_end', 'make_record', 'finish', 'readout_names', 'check_run', 'check_scores',
-           'check_encoder', 'finished_run', 'tidy_up', 'decided', 'run_to_record', 'go_on', 'pretrain', 'start',
-           'sets_to_measure', 'some_of', 'how_far', 'evaluate_checkpoint']
+           'steps_to_come', 'views_to_come', 'warn', 'train_epoch', 'readout_settings', 'running_statistics',
+           'end_epoch', 'progress_bar', 'train_to_end', 'make_record', 'finish', 'readout_names', 'check_run',
+           'check_scores', 'check_encoder', 'finished_run', 'tidy_up', 'decided', 'run_to_record', 'go_on', 'pretrain',
+           'start', 'sets_to_measure', 'some_of', 'how_far', 'evaluate_checkpoint']
 
 # %% ../nbs/13_train.ipynb #ca860b51
 import atexit
@@ -74,7 +74,7 @@ def set_lr(
         else:
             group["lr"] = rate
 
-# %% ../nbs/13_train.ipynb #020070a3
+# %% ../nbs/13_train.ipynb #16a6c8df
 def check_fit(
     p: dict,  # All parameters of `pretrain`
 ):
@@ -85,6 +85,8 @@ def check_fit(
     if p["start_epoch"] >= p["epochs"]:
         start = p["start_epoch"]
         raise InputError(f"start_epoch is {start}, but must be below epochs, {p['epochs']}.")
+    if p["tau_pos"] and (p["beta"] or p["tau_plus"]):
+        raise InputError("tau_pos and beta or tau_plus are of two losses: take one of them.")
     if p["warmup_epochs"] >= p["epochs"]:
         warmup = p["warmup_epochs"]
         raise InputError(f"warmup_epochs is {warmup}, but must be below epochs, {p['epochs']}.")
@@ -140,7 +142,7 @@ def refuse_surroundings():
             f"torch's default device is {device}: set it to cpu, for a run finds its own."
         )
 
-# %% ../nbs/13_train.ipynb #92ad17eb
+# %% ../nbs/13_train.ipynb #da3b0105
 def leave_processes():
     "Leave the group of processes, so that none is waited for when the program ends"
     if torch.distributed.is_initialized():
@@ -219,7 +221,10 @@ def begin(
     optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=decay, fused=True)
     with without_settings():
         forward, optimizer = accelerator.prepare(method, optimizer)
-    recorder = ScoreRecorder(gather=gather, tau=method.tau, tau_pos=method.tau_pos)
+    plain = method.has_negatives and not method.beta and not method.tau_plus
+    recorder = ScoreRecorder(
+        gather=gather, tau=method.tau, tau_pos=method.tau_pos, is_info_nce=plain
+    )
     made_with = [provenance(accelerator.device)]
     weights = content_hash(p["weights"]) if p["weights"] else ""
     return State(
@@ -227,7 +232,7 @@ def begin(
         made_with=made_with, weights_sum=weights,
     )
 
-# %% ../nbs/13_train.ipynb #c4260b78
+# %% ../nbs/13_train.ipynb #94282491
 LOOP_COLUMNS = {  # column that the loop passes to the recorder: meaning, unit
     "loss": ("loss", "nats"),
     "lr": ("learning rate", "per step"),
@@ -235,6 +240,10 @@ LOOP_COLUMNS = {  # column that the loop passes to the recorder: meaning, unit
     "signal": ("score of different images before the transformation, running mean", "1"),
     "l_ex": ("l of the positives, mean over the step", "1"),
     "l_in": ("l of the negatives, mean over the step", "1"),
+    "l_pos_in": ("l of interpolated positives, mean over the step", "1"),
+    "l_pos_arc": ("l of positives moved on the sphere, mean over the step", "1"),
+    "l_neg_ex": ("l of extrapolated negatives, mean over the step", "1"),
+    "l_neg_arc": ("l of negatives mixed on the sphere, mean over the step", "1"),
     "grad_query": ("gradient of a query's loss at the query, norm, mean over the batch", "nats"),
     "grad_last": (
         "gradient of the loss at the last layer's weights, norm",
@@ -392,7 +401,7 @@ def steps_to_come(
             batches = order.split(p["batch_size"])
         yield batches[place], (p["seed"], VIEWS, step)
 
-# %% ../nbs/13_train.ipynb #4dde137e
+# %% ../nbs/13_train.ipynb #079cef45
 def views_to_come(
     s: State,
     train: ImageSet,  # On the device of the method, if it fits there
@@ -414,6 +423,15 @@ def views_to_come(
         s.method.small_views,
     )
 
+def warn(
+    s: State,
+    bar: tqdm,
+):
+    "Say it once if the scores look wrong: the run goes on, and its record says so too"
+    sentence = s.recorder.warn_once()
+    if sentence and s.accelerator.is_main_process:
+        bar.write(f"{s.params['name']}: {sentence}")
+
 def train_epoch(
     s: State,
     views: Iterator,  # From `views_to_come`
@@ -432,6 +450,7 @@ def train_epoch(
             check_finite(s)
             add_up_losses(s)
             start += live.update()
+            warn(s, bar)
         if told_to_stop(s, caught):
             break
     check_finite(s)  # waits for the device
@@ -522,7 +541,7 @@ def train_to_end(
         )
     return s.step == total
 
-# %% ../nbs/13_train.ipynb #d197906c
+# %% ../nbs/13_train.ipynb #0589b888
 def make_record(
     s: State,
     sets: Sets,
@@ -548,6 +567,8 @@ def make_record(
         images_per_second=round(s.step * p["batch_size"] / s.seconds, 1),
         processes=s.accelerator.num_processes,
     )
+    if s.recorder.rows:
+        record["verdict"] = s.recorder.verdict().sentence
     if s.weights_sum:
         record["weights_sha256"] = s.weights_sum
     record |= s.made_with[-1]
@@ -564,6 +585,8 @@ def finish(
     record = make_record(s, sets)
     s.recorder.save(path.with_suffix(".parquet"))
     write_record(record, path)
+    if s.params["progress"] and "verdict" in record:
+        print(f"{s.params['name']}: {record['verdict']}")
     remove_parts(path.with_suffix(".safetensors"))
 
 # %% ../nbs/13_train.ipynb #6548d17f
@@ -744,7 +767,7 @@ Workers = Annotated[
     ),
 ]
 
-# %% ../nbs/13_train.ipynb #1478c3a9
+# %% ../nbs/13_train.ipynb #be5b1325
 def pretrain(
     dataset: Annotated[str, Param("shapes, a folder, or a Hugging Face id", "data")] = "shapes",
     split: Annotated[str, Param("the split to train on", "data")] = "train",
@@ -768,7 +791,7 @@ def pretrain(
         str, Param("which column holds labels, where there are several; none: no labels", "data")
     ] = "",
     augmentation: Annotated[
-        str, Param("A, B; empty: the method's own", "views", choices=["", *AUGMENTATIONS])
+        str, Param("A, B, D; empty: the method's own", "views", choices=["", *AUGMENTATIONS])
     ] = "",
     view_strength: Annotated[
         float,
@@ -796,7 +819,7 @@ def pretrain(
         int, Param("batch statistics over this many parts of the batch", "encoder", least=1)
     ] = 1,
     method: Annotated[
-        str, Param("moco_v1 (views A, linear head), moco_v2 (B, MLP)", "method", choices=METHODS)
+        str, Param("moco_v1, moco_v2, or another of nbs/methods", "method", choices=METHODS)
     ] = "moco_v2",
     symmetric: Annotated[bool, Param("each view is once query, once key", "method")] = False,
     momentum: Annotated[
@@ -808,7 +831,7 @@ def pretrain(
     ] = -1.0,
     queue_size: Annotated[int, Param("K, keys in the queue", "method", least=1, most=2**24)] = 1024,
     mixing: Annotated[
-        str, Param("none; pos, neg or several joined by +", "transformation", check=transform_names)
+        str, Param("none; pos, neg or others joined by +", "transformation", check=transform_names)
     ] = "none",
     level: Annotated[
         str, Param("an l for each: feature, sample, dimension", "transformation", choices=LEVELS)
@@ -852,6 +875,14 @@ def pretrain(
     ] = "transformed",
     tau_pos: Annotated[
         float, Param("temperature of the positive alone; 0: tau", "transformation", least=0)
+    ] = 0.0,
+    beta: Annotated[
+        float,
+        Param("weight of harder negatives (HCL); 0: all alike", "transformation", 0, most=100),
+    ] = 0.0,
+    tau_plus: Annotated[
+        float,
+        Param("share of false negatives that is taken off (HCL)", "transformation", 0, most=0.99),
     ] = 0.0,
     epochs: Annotated[int, Param("passes over the images", "schedule", least=1)] = 4,
     batch_size: Annotated[int, Param("images a step", "schedule", least=2, most=2**20)] = 128,
@@ -911,7 +942,7 @@ def pretrain(
         mixing=mixing, level=level, alpha=alpha, alpha_neg=alpha_neg, strength=strength,
         neg_limit=neg_limit,
         start_epoch=start_epoch, renormalize=renormalize, detach_key=detach_key, append=append,
-        neg_query=neg_query, tau_pos=tau_pos,
+        neg_query=neg_query, tau_pos=tau_pos, beta=beta, tau_plus=tau_plus,
         epochs=epochs, batch_size=batch_size, lr=lr, warmup_epochs=warmup_epochs,
         weight_decay=weight_decay,
         precision=precision, seed=seed,

@@ -153,7 +153,7 @@ def test_measuring_notebooks_leave_a_table_and_a_picture(name, small, tmp_path):
         (
             "ablation",
             {"mixing": "both"},
-            "mixing is 'both', but must be none, or one or more of neg, pos joined by +",
+            "mixing is 'both', but must be none, or one or more of mochi, neg, neg_arc, ",
         ),
         ("pretrain", {"dataset": "no/such/folder"}, "dataset 'no/such/folder' was not found"),
         (

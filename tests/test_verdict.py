@@ -1,0 +1,198 @@
+"The verdict: one word for what a record says, whoever recorded it, and a warning once"
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ftcl.core import InputError
+from ftcl.loss import scores
+from ftcl.scores import PATIENCE, WINDOW, ScoreRecorder, read_scores
+from ftcl.study import read_run
+from ftcl.verdict import COMMON, JUMP, LEFT, PLATEAU, jumps, variance_ratio, verdict, verdict_line
+from ftcl.visualize import plot_scores, run_page
+
+ROOT = Path(__file__).parent.parent
+RUN = ROOT / "results" / "cifar10-momentum"
+GOOD = read_scores(RUN / "none-momentum0.99-s0.parquet")
+
+
+def table(rows=60, **columns):
+    "A record of equal steps"
+    base = dict(step=range(rows), pos_mean=0.6, neg_mean=0.1, neg_var=0.04, loss=3.0)
+    return pd.DataFrame(base | columns)
+
+
+def test_every_threshold_is_where_the_page_says():
+    for word, columns, low, high in (
+        ("one direction", "neg_mean", COMMON - 1e-6, COMMON + 1e-6),
+        ("plateau", "loss", math.log(1025) - PLATEAU - 1e-6, math.log(1025) - PLATEAU + 1e-6),
+        ("saturated", "pos_mean", 1 - 0.2 * LEFT - 1e-6, 1 - 0.2 * LEFT + 1e-6),
+    ):
+        assert verdict(table(**{columns: low}), 1024, 0.2).word == "healthy"
+        said = verdict(table(**{columns: high}), 1024, 0.2)
+        assert said.word == word and said.bad and said.column == columns
+        assert said.value == pytest.approx(high) and said.step == 59
+        assert said.sentence.startswith(f"{word} at step 59: ") and said.sentence.endswith(".")
+    flips = np.where(np.arange(60) % 2, 1, -1)
+    size = jumps(flips.astype(float), np.full(60, 0.04)) * 0.2  # of a flip of height 1
+    for scale, word in ((0.99, "healthy"), (1.01, "falling apart")):
+        height = JUMP * scale * 0.2 / size
+        assert verdict(table(neg_mean=height * flips), 1024, 0.2).word == word
+
+
+def test_the_untransformed_scores_decide():
+    frame = table(before_pos_mean=0.6, before_neg_mean=0.1, before_neg_var=0.04)
+    frame = frame.assign(pos_mean=-0.5, neg_mean=0.9, loss=20.0)
+    assert verdict(frame, 1024, 0.2).word == "healthy"
+    assert "not looked for: plateau" in verdict(frame, 1024, 0.2).sentence  # no weight, no loss
+    weight = verdict(frame.assign(before_pos_weight=1.5 / 1025), 1024, 0.2)
+    assert (weight.word, weight.column) == ("plateau", "before_pos_weight")
+    assert verdict(frame.assign(before_pos_weight=0.1), 1024, 0.2).word == "healthy"
+    np.testing.assert_allclose(variance_ratio(frame), 0.5 / 0.4)
+
+
+def test_what_is_unknown_is_said_and_what_was_recorded_is_used():
+    assert "not looked for: plateau, saturated." in verdict(table()).sentence
+    known = table(loss=6.5)
+    known.attrs.update(negatives=1024, tau=0.2)
+    assert verdict(known).word == "plateau"
+    assert verdict(known, negatives=10**6).word == "healthy"  # what is given comes first
+    assert "not looked for: falling apart" in verdict(table(4), 1024, 0.2).sentence
+    first = table().assign(neg_mean=np.where(np.arange(60) < 60 - WINDOW, 0.9, 0.1))
+    assert verdict(first).word == "healthy"  # only the last steps count
+    alike = table(neg_mean=0.999, pos_mean=0.999, neg_var=0.0)
+    assert verdict(alike, 1024, 0.2).word == "one direction"
+    assert verdict(GOOD.convert_dtypes(), 4096, 0.07) == verdict(GOOD, 4096, 0.07)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_none_is_named_with_its_step(value):
+    lost = table()
+    lost.loc[55:, "neg_mean"] = value
+    said = verdict(lost, 1024, 0.2)
+    assert (said.word, said.column, said.step) == ("diverged", "neg_mean", 55)
+
+
+@pytest.mark.parametrize(
+    ("frame", "more", "message"),
+    [
+        (None, {}, "the record is a NoneType"),
+        (table().drop(columns="neg_mean"), {}, "the record lacks the column neg_mean."),
+        (table()[:0], {}, "the record has columns but no row"),
+        (table()[::-1], {}, "the record has step 58 after step 59"),
+        (table(), dict(negatives=0), "negatives is 0, but must be"),
+        (table(), dict(negatives="many"), "negatives is 'many', but must be"),
+        (table(), dict(tau=-1), "tau is -1, but must be"),
+        (table(), dict(tau=math.nan), "tau is nan, but must be"),
+    ],
+)
+def test_bad_input_is_told_in_one_sentence(frame, more, message):
+    with pytest.raises(InputError) as told:
+        verdict(frame, **more)
+    assert message in str(told.value) and str(told.value).count(".\n") == 0
+    if not more:
+        assert verdict_line(frame).startswith("no verdict: the record")
+
+
+def stuck(recorder, steps):
+    "Steps of vectors that share one direction"
+    g = torch.Generator().manual_seed(0)
+    for step in range(recorder.last + 1, steps):
+        vectors = F.normalize(1 + 0.3 * torch.randn(48, 16, generator=g), dim=1)
+        recorder.record(step, *scores(vectors[:8], vectors[8:16], vectors[16:]))
+    return recorder
+
+
+def test_the_recorder_warns_once_and_not_too_early():
+    recorder = stuck(ScoreRecorder(tau=0.2), PATIENCE - 1)
+    assert recorder.warn_once() == "" and recorder.warn_once(after=50)
+    recorder = stuck(ScoreRecorder(tau=0.2), PATIENCE)
+    assert recorder.warn_once().startswith(f"one direction at step {PATIENCE - 1}")
+    assert recorder.warn_once() == ""
+    healthy = ScoreRecorder()
+    healthy.restore(list(GOOD), torch.tensor(GOOD.to_numpy(float)))
+    assert healthy.warn_once() == "" and not healthy.warned
+    with pytest.raises(InputError, match="nothing has been recorded, so there is nothing to say"):
+        ScoreRecorder().verdict()
+
+
+class Copies(TorchDispatchMode):
+    "Counts how many rows are joined"
+
+    rows = ()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket is torch.ops.aten.stack:
+            self.rows += (len(args[0]),)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_look_reads_the_last_rows_alone_and_none_before_its_time():
+    recorder = stuck(ScoreRecorder(tau=0.2), 400)
+    with Copies() as read:
+        recorder.warn_once(after=401)
+        assert read.rows == ()
+        recorder.warn_once()
+    assert read.rows == (WINDOW,)
+    assert recorder.verdict() == verdict(recorder.frame())
+
+
+def test_k_and_tau_go_into_the_file_and_the_table_is_as_before(tmp_path):
+    recorder = stuck(ScoreRecorder(tau=0.2, tau_pos=0.1), 3)
+    recorder.save(tmp_path / "run.parquet")
+    read = read_scores(tmp_path / "run.parquet")
+    assert read.attrs == dict(tau=0.1, negatives=32)
+    plain = stuck(ScoreRecorder(tau=0.2, tau_pos=0.1), 3)
+    pd.testing.assert_frame_equal(read, plain.frame(), check_exact=True)
+    again = ScoreRecorder(tau=0.2)
+    again.restore(recorder.columns, recorder.table())
+    assert again.frame().attrs == dict(tau=0.2)  # until a step says how many negatives there are
+    assert stuck(again, 4).frame().attrs == dict(tau=0.2, negatives=32)
+
+
+def test_masked_negatives_do_not_count():
+    recorder = ScoreRecorder(tau=0.2)
+    neg = torch.rand(8, 40).index_fill(1, torch.arange(9), -math.inf)
+    recorder.record(0, torch.rand(8), neg)
+    assert recorder.frame().attrs["negatives"] == 31
+
+
+def test_every_committed_run_has_a_verdict_and_the_known_ones_are_right():
+    words = {}
+    for path in sorted((ROOT / "results").glob("cifar10-*/*.json")):
+        record, frame = read_run(path)
+        words[path.parent.name, record["name"]] = verdict(frame).word
+    assert len(words) > 200
+    for name, word in (
+        ("none-s0", "healthy"),
+        ("neg-s0", "healthy"),
+        ("pos-s0", "one direction"),
+        ("posneg-levelsample-s0", "one direction"),
+        ("posneg-epochs32-start_epoch8-s0", "healthy"),
+    ):
+        assert words["cifar10-settings", name] == word, name
+
+
+def test_pictures_show_a_controller_and_the_verdict():
+    held = GOOD.assign(strength=0.2, signal=0.1)
+    assert len(plot_scores({"a": held}).axes) == 5
+    assert len(plot_scores({"a": held, "b": GOOD}).axes) == 3  # not in every run
+    page = run_page(held, "my run")
+    title = page.get_suptitle().replace("\n", " ")
+    assert title.startswith("my run healthy at step 623: pairs score")
+    drawn = {ax.get_title(): len(ax.lines) for ax in page.axes}
+    assert drawn["extrapolation"] == 2 and drawn["between / within images"] == 1
+
+
+def test_the_verdict_needs_no_picture_and_no_training():
+    code = "import sys, ftcl.verdict; print({'matplotlib', 'ftcl.train'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.stdout == "set()\n", run.stderr
