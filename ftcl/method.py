@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'NEG_QUERIES', 'OWN', 'Step', 'Contrast', 'Rate', 'Method', 'join', 'join_contrasts', 'vectors_of',
-           'slow_copy', 'MoCo', 'MoCoV1', 'MoCoV2', 'as_published', 'transform_of', 'build_method', 'augmentation_of']
+           'slow_copy', 'MoCo', 'MoCoV1', 'MoCoV2', 'predictor', 'Predictive', 'as_published', 'transform_of',
+           'build_method', 'augmentation_of']
 
-# %% ../nbs/09_method.ipynb #fe6e73b2
+# %% ../nbs/09_method.ipynb #77623126
 from copy import deepcopy
 from typing import NamedTuple
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from .core import PRECISIONS, START, WEIGHTS, InputError, Processes
 from .core import check_shapes, one_of, reason, register, seeded, shown, whole, within
 from .encoder import Encoder, batch_parts, call_backbone, check_features
-from .encoder import check_splits, ema_update, first_weight
+from .encoder import VectorBN, check_splits, ema_update, first_weight, split_vectors
 from .loss import info_nce, reweighted_info_nce, scores, temperature
 from .queue import Queue
 from .transform import TRANSFORMS, FeatureTransform, Negatives, as_negatives, transform_names
@@ -44,7 +46,7 @@ class Contrast(NamedTuple):
 METHODS = {}  # name: class
 NEG_QUERIES = ["transformed", "original"]
 
-# %% ../nbs/09_method.ipynb #13cb9e32
+# %% ../nbs/09_method.ipynb #dfc4fb44
 OWN = -1  # a parameter's value that stands for the method's own, in `recipe`
 
 class Rate(NamedTuple):
@@ -156,6 +158,14 @@ class Method(nn.Module):
         if self.beta or self.tau_plus:
             return reweighted_info_nce(pos, neg, self.tau, self.beta, self.tau_plus), None
         return info_nce(pos, neg, self.tau, self.tau_pos, with_soft_max=True)
+
+    def others(self,
+        k: Tensor,  # (b, D) vectors of this process
+    ) -> Negatives:  # (B, D) of all processes, without a gradient, and a mask (b, B)
+        "The vectors of the whole batch, with a mask that leaves out each image's own"
+        keys = self.processes.gather(k.detach())  # (B, D)
+        own = torch.eye(len(keys), dtype=torch.bool, device=k.device)  # (B, B)
+        return Negatives(keys, mask=self.processes.part(own))
 
     def update(self,
         step: Step,  # As `forward` gave it
@@ -402,7 +412,74 @@ class MoCoV2(MoCo, name="moco_v2"):
     augmentation = "B"
     head = "mlp"
 
-# %% ../nbs/09_method.ipynb #d9b0ba8e
+# %% ../nbs/09_method.ipynb #0435497c
+def predictor(
+    encoder: Encoder,  # Whose vectors it takes, before they have length 1
+    ratio: float,  # Width of its hidden layer, as a multiple of D
+) -> nn.Sequential:  # (B, D) -> (B, D)
+    "Two layers, normalised over the parts of a batch; raises `InputError` for a foreign encoder"
+    if not isinstance(encoder, Encoder):
+        raise InputError(
+            f"encoder is {shown(encoder)}, but must be an Encoder, "
+            "since a predictor takes vectors before they have length 1: wrap it, Encoder(module)."
+        )
+    dim = encoder.last.out_features  # D
+    hidden = max(int(ratio * dim), 1)
+    norm = VectorBN(hidden)
+    layers = [nn.Linear(dim, hidden, bias=False), norm, nn.ReLU(True), nn.Linear(hidden, dim)]
+    like = first_weight(encoder)
+    net = nn.Sequential(*layers).to(like.device, like.dtype)
+    return split_vectors(net, batch_parts(encoder.backbone))
+
+# %% ../nbs/09_method.ipynb #b21b8c02
+class Predictive(Method):
+    "A method that compares predictions with targets; a subclass says how they are made"
+    has_negatives = False
+    recipe = Method.recipe | dict(momentum=0.0)
+
+    def __init__(self,
+        encoder: Encoder,
+        transform: FeatureTransform,  # `pos`, another of a pair, or none
+        ratio: float,  # As in `predictor`
+        tau: float = 0.1,  # Of the record's softmax columns alone: the loss has none
+        precision: str = "fp32",  # `bf16` or `fp32` inside the networks
+    ):
+        super().__init__(encoder, transform, precision)
+        self.check(dict(method=type(self).__name__.lower(), mixing=transform.mixing))
+        self.predictor = predictor(encoder, ratio)
+        self.tau = temperature("tau", tau)
+
+    def predict(self,
+        z: Tensor,  # (b, D)
+    ) -> Tensor:  # (b, D), at least float32
+        "p, of any length"
+        p = self.predictor(z)  # (b, D)
+        return p.to(torch.promote_types(p.dtype, torch.float32))
+
+    def loss_of(self,
+        pos: Tensor,  # Cosines of all directions
+        ways: int,  # Directions
+    ) -> Tensor:  # Scalar
+        "The loss of predictions and their targets"
+        raise NotImplementedError
+
+    def compare(self,
+        predictions: list,  # (b, D) for each direction, of any length
+        targets: list,  # (b, D) for each direction, of any length
+        mix: bool = True,  # As in `forward`
+        look: bool = True,  # As in `forward`
+    ) -> Step:
+        "Loss and scores of predictions and their targets, which get no gradient"
+        q = F.normalize(join(predictions), dim=1)  # (2b, D)
+        k = F.normalize(join(targets).detach(), dim=1)  # (2b, D)
+        ways = len(targets)
+        pairs = zip(q.chunk(ways), k.chunk(ways))
+        parts = [self.contrast(a, b, self.others(b), mix, look) for a, b in pairs]
+        both = join_contrasts(parts)
+        loss = self.loss_of(both.pos, ways)
+        return Step(loss, both.pos, both.neg, both.before, (q, k), None, both.drawn)
+
+# %% ../nbs/09_method.ipynb #04fe97a1
 def as_published(
     p: dict,  # Parameters of `pretrain`
 ) -> dict:
@@ -440,7 +517,9 @@ def build_method(
         encoder = Encoder(p["encoder"], kind.head, p["dim"], p["stem"], splits, weights)
     check_splits(encoder.backbone, p["bn_splits"])
     generator = seeded(torch.Generator(), seed, START)
-    return kind.make(encoder, transform, p, generator)
+    with torch.random.fork_rng(devices=[]):  # first weights of a predictor, or of prototypes
+        torch.set_rng_state(generator.get_state())
+        return kind.make(encoder, transform, p, generator)
 
 def _named(p):
     "Parameters that say which of them is missing; raises `InputError` for what is no dict"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cross_correlations', 'barlow_loss', 'BarlowTwins']
 
-# %% ../../nbs/methods/barlow.ipynb #014154c1
+# %% ../../nbs/methods/barlow.ipynb #9a4fe9ee
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +13,7 @@ from ..core import InputError, check_shapes, positive
 from ..encoder import Encoder
 from ..loss import temperature
 from ..method import Method, Step
-from ..transform import FeatureTransform, Negatives, transform_names
+from ..transform import FeatureTransform, transform_names
 
 # %% ../../nbs/methods/barlow.ipynb #aae9097f
 def cross_correlations(
@@ -38,7 +38,7 @@ def barlow_loss(
     off = c.square().sum() - c.diagonal().square().sum()
     return on + weight * off
 
-# %% ../../nbs/methods/barlow.ipynb #cf56562d
+# %% ../../nbs/methods/barlow.ipynb #4248ca85
 class BarlowTwins(Method, name="barlow"):
     "Each dimension agrees with itself in the other view, and with no other (arXiv 2103.03230)"
     augmentation = "B"
@@ -83,14 +83,6 @@ class BarlowTwins(Method, name="barlow"):
         parts = list(self.processes.gather(z.detach()).chunk(self.processes.count))
         parts[rank] = z
         return torch.cat(parts)
-
-    def others(self,
-        k: Tensor,  # (b, D) of this process
-    ) -> Negatives:  # (B, D) of all processes, and a mask (b, B)
-        "The batch's vectors, with a mask that leaves out each image's own"
-        keys = self.processes.gather(k)  # (B, D)
-        own = torch.eye(len(keys), dtype=torch.bool, device=k.device)  # (B, B)
-        return Negatives(keys, mask=self.processes.part(own))
 
     def forward(self, v1, v2, mix=True, look=True):
         "Loss and scores of one batch"

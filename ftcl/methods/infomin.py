@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['PATCHES', 'cut', 'orders', 'nothing_remembered', 'InfoMin']
 
-# %% ../../nbs/methods/infomin.ipynb #38d76ce7
+# %% ../../nbs/methods/infomin.ipynb #f000c36e
 from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core import InputError, check_shapes, shown
 from ..encoder import Encoder
-from ..loss import info_nce
 from ..method import MoCo, Step, join, vectors_of
 
 # %% ../../nbs/methods/infomin.ipynb #eb389296
@@ -57,7 +56,7 @@ def nothing_remembered(
         for layer, momentum in zip(layers, momenta):
             layer.momentum = momentum
 
-# %% ../../nbs/methods/infomin.ipynb #ec65c6b2
+# %% ../../nbs/methods/infomin.ipynb #75fbd196
 class InfoMin(MoCo, name="infomin"):
     "MoCo v2 with views that share less, and a jigsaw of each query (arXiv 2005.10243)"
     augmentation = "D"
@@ -77,13 +76,6 @@ class InfoMin(MoCo, name="infomin"):
         kind = dict(device=last.device, dtype=last.dtype)
         self.patch_head = nn.Linear(encoder.width, dim, **kind)  # V
         self.jigsaw_head = nn.Linear(PATCHES * dim, dim, **kind)  # W
-
-    @classmethod
-    def make(cls, encoder, transform, p, generator):
-        "As that of `MoCo`, with a random head that the generator decides"
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(generator.get_state())
-            return super().make(encoder, transform, p, generator)
 
     def jigsaw(self,
         v: Tensor,  # (b, 3, S, S), this process's part of the batch
@@ -118,9 +110,7 @@ class InfoMin(MoCo, name="infomin"):
             q = join(queries)  # (2b, D)
             own = 2 * [self.processes.part(k) for k in keys]  # (b, D) each
             both = self.both_directions(q.chunk(len(own)), own, mix, look)
-            loss, soft_max = info_nce(
-                both.pos, both.neg, self.tau, self.tau_pos, with_soft_max=True
-            )
+            loss, soft_max = self.softmax_loss(both.pos, both.neg)
         features = (q, join(own))
         kept = dict(keys=join(keys))
         return Step(loss, both.pos, both.neg, both.before, features, soft_max, both.drawn, kept)

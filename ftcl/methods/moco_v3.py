@@ -27,7 +27,7 @@ def predictor(
     last = nn.Linear(hidden, dim, bias=False)
     return nn.Sequential(first, VectorBN(hidden), nn.ReLU(True), last)
 
-# %% ../../nbs/methods/moco_v3.ipynb #cfb84f11
+# %% ../../nbs/methods/moco_v3.ipynb #f17b5a8d
 class MoCoV3(Method, name="moco_v3"):
     "A predicted query against the slow encoder's keys of the batch (arXiv 2104.02057)"
     head = "mlp_bn"
@@ -71,9 +71,7 @@ class MoCoV3(Method, name="moco_v3"):
         "The method of a run, with the predictor of its seed"
         names = ("momentum", "tau", "neg_query", "precision", "beta", "tau_plus")
         given = {name: p[name] for name in names if name in p}
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.set_state(generator.get_state())
-            return cls(encoder, transform, tau_pos=p["tau_pos"] or None, **given)
+        return cls(encoder, transform, tau_pos=p["tau_pos"] or None, **given)
 
     def predict(self,
         v: Tensor,  # (B, 3, H, W)

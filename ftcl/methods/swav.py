@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['sinkhorn', 'swapped_loss', 'SwAV', 'SwAVMultiCrop']
 
-# %% ../../nbs/methods/swav.ipynb #f3359951
+# %% ../../nbs/methods/swav.ipynb #3d6476a9
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core import InputError, check_shapes, positive, whole
+from ..core import check_shapes, positive, whole
 from ..encoder import Encoder, first_weight
 from ..loss import scores, temperature
 from ..method import Method, Step, join, vectors_of
-from ..transform import FeatureTransform, Negatives
+from ..transform import FeatureTransform
 from ..views import SmallViews
 
 # %% ../../nbs/methods/swav.ipynb #33bd23a5
@@ -47,7 +47,7 @@ def swapped_loss(
                 losses.append(-(code * predicted).sum(1).mean())
     return torch.stack(losses).mean()
 
-# %% ../../nbs/methods/swav.ipynb #35737da9
+# %% ../../nbs/methods/swav.ipynb #8bd6981d
 class SwAV(Method, name="swav"):
     "Views that predict each other's codes of prototypes (arXiv 2006.09882)"
     augmentation = "B"
@@ -80,17 +80,7 @@ class SwAV(Method, name="swav"):
         "The method of a run; the generator decides the first prototypes"
         frozen = 1 / p["epochs"] if p["epochs"] > 1 else 0.0
         named = dict(dim=p["dim"], tau=p["tau"], frozen=frozen, precision=p["precision"])
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(generator.get_state())
-            return cls(encoder, transform, **named)
-
-    def others(self,
-        k: Tensor,  # (b, D) vectors of this process
-    ) -> Negatives:  # (B, D) of all processes, and a mask (b, B)
-        "A view of the whole batch, with a mask that leaves out each image's own"
-        keys = self.processes.gather(k.detach())  # (B, D)
-        own = torch.eye(len(keys), dtype=torch.bool, device=k.device)  # (B, B)
-        return Negatives(keys, mask=self.processes.part(own))
+        return cls(encoder, transform, **named)
 
     @torch.no_grad()
     def cosines(self,
