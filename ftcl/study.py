@@ -230,7 +230,7 @@ def read_run(
         raise InputError(f"{scores} holds other steps than its record says: copy both again.")
     return record, frame
 
-# %% ../nbs/14_study.ipynb #f51b60c6
+# %% ../nbs/14_study.ipynb #721df3c3
 def effective_parameters(
     record: dict,  # Of a pretraining
 ) -> dict:  # name: value
@@ -238,7 +238,7 @@ def effective_parameters(
     known = declared(pretrain)
     own = result_parameters(defaults(pretrain) | LATER_PARAMETERS | record["parameters"], pretrain)
     for name, value in own.items():
-        if name in known and known[name].kind is float and type(value) is int:
+        if name in known and type(known[name].default) is float and type(value) is int:
             own[name] = float(value)
     return own
 

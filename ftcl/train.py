@@ -401,7 +401,7 @@ def steps_to_come(
             batches = order.split(p["batch_size"])
         yield batches[place], (p["seed"], VIEWS, step)
 
-# %% ../nbs/13_train.ipynb #079cef45
+# %% ../nbs/13_train.ipynb #fde2ba1e
 def views_to_come(
     s: State,
     train: ImageSet,  # On the device of the method, if it fits there
@@ -426,10 +426,11 @@ def views_to_come(
 def warn(
     s: State,
     bar: tqdm,
+    live: LiveScores,  # Says it too, where somebody looks
 ):
     "Say it once if the scores look wrong: the run goes on, and its record says so too"
     sentence = s.recorder.warn_once()
-    if sentence and s.accelerator.is_main_process:
+    if sentence and s.accelerator.is_main_process and live.handle is None:
         bar.write(f"{s.params['name']}: {sentence}")
 
 def train_epoch(
@@ -450,7 +451,7 @@ def train_epoch(
             check_finite(s)
             add_up_losses(s)
             start += live.update()
-            warn(s, bar)
+            warn(s, bar, live)
         if told_to_stop(s, caught):
             break
     check_finite(s)  # waits for the device
@@ -541,7 +542,7 @@ def train_to_end(
         )
     return s.step == total
 
-# %% ../nbs/13_train.ipynb #0589b888
+# %% ../nbs/13_train.ipynb #6fecb12a
 def make_record(
     s: State,
     sets: Sets,
@@ -585,8 +586,6 @@ def finish(
     record = make_record(s, sets)
     s.recorder.save(path.with_suffix(".parquet"))
     write_record(record, path)
-    if s.params["progress"] and "verdict" in record:
-        print(f"{s.params['name']}: {record['verdict']}")
     remove_parts(path.with_suffix(".safetensors"))
 
 # %% ../nbs/13_train.ipynb #6548d17f

@@ -30,7 +30,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import hypothesis
 import numpy as np
@@ -1748,12 +1748,16 @@ def allowed(name, value, function=train.pretrain):
     if name not in known_parameters(function):
         return False
     kind, _, about = known_parameters(function)[name]
-    if kind is float and type(value) is int and not isinstance(value, bool):
+    kinds = get_args(kind) or (kind,)
+    if float in kinds and type(value) is int:
         if abs(value) > sys.float_info.max:
             return False
         value = float(value)
-    if type(value) is not kind:
+    if type(value) not in kinds:
         return False
+    kind = type(value)
+    if about.own and value == -1:
+        return True
     if kind is int and abs(value) >= 2**63:
         return False
     if kind is float and not math.isfinite(value):
@@ -1770,7 +1774,8 @@ def allowed(name, value, function=train.pretrain):
 
 DEPENDENT = {"method", "symmetric", "momentum", "queue_size", "bn_splits", "batch_size", "epochs",
              "start_epoch", "evaluate_on", "holdout", "readouts", "knn_every", "weights", "encoder",
-             "dim", "precision"}  # fmt: skip
+             "dim", "precision", "warmup_epochs", "tau_pos", "beta", "tau_plus", "mixing",
+             "strength", "alpha"}  # fmt: skip
 
 
 class Unprintable:
@@ -1783,6 +1788,7 @@ class Unprintable:
 def parameter_values(about):
     "Values of a parameter: right ones, ones at the edges of its range, and odd ones"
     kind, default, said = about
+    kind = type(default)  # of several, as of `float | str`
     edges = [default, kind(default)]
     for edge in (said.least, said.most):
         if edge is not None:
