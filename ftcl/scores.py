@@ -310,7 +310,7 @@ def scores_path(
         raise InputError(f"{path} {problem}") from None
     return path
 
-# %% ../nbs/05_scores.ipynb #9d591599
+# %% ../nbs/05_scores.ipynb #c107dc32
 class ScoreRecorder:
     "Statistics of the scores of every recorded step; the K scores themselves are never stored"
     def __init__(self,
@@ -392,7 +392,7 @@ class ScoreRecorder:
         frame = pd.DataFrame(self.table(last).numpy(), columns=self.columns)
         if self.tau is not None and self.is_info_nce:
             frame.attrs["tau"] = self.tau_pos or self.tau
-            if self.counted:
+            if self.counted and self.tau_pos is None:  # else a guess is not log(K + 1)
                 frame.attrs["negatives"] = round(self.counted[0].item() / self.counted[1])
         return frame.astype({"step": int}) if len(frame) else frame
 

@@ -523,28 +523,21 @@ def check_alpha(
     "Raise `InputError` unless this is an alpha: a number, or a schedule"
     schedule("alpha", alpha, beta_parameter)
 
-# %% ../nbs/03_transform.ipynb #65a8296e
+# %% ../nbs/03_transform.ipynb #661ea818
 def mean_of_others(
     q: Tensor,  # (B, D) queries
     k: Tensor,  # (B, D) their positive keys
-    negatives: Negatives,  # Used where they have a mask
     processes: Processes = Processes(),  # That share the batch
 ) -> Tensor:  # Scalar; NaN where there is no other image
     "Mean score of queries with keys of other images of the batch"
     wide = torch.promote_types(q.dtype, torch.float32)
     q = q.detach().to(wide)
     k = k.detach().to(wide)
-    if negatives.mask is None:
-        sums = torch.cat([q.sum(0), k.sum(0), (q * k).sum()[None]])  # (2 D + 1,)
-        sums = processes.gather(sums[None]).sum(0)
-        n = len(q) * processes.count
-        of_q, of_k, of_pairs = sums.split([q.shape[1], k.shape[1], 1])
-        return ((of_q @ of_k - of_pairs[0]) / (n * n - n)) if n > 1 else sums.new_full((), math.nan)
-    keys = negatives.shared.detach().to(wide)
-    counted = ~negatives.mask  # (B, K)
-    total = (q * (counted.to(wide) @ keys)).sum()
-    total, n = processes.gather(torch.stack([total, counted.sum().to(wide)])[None]).sum(0)
-    return total / n
+    sums = torch.cat([q.sum(0), k.sum(0), (q * k).sum()[None]])  # (2 D + 1,)
+    sums = processes.gather(sums[None]).sum(0)
+    of_q, of_k, of_pairs = sums.split([q.shape[1], k.shape[1], 1])
+    n = len(q) * processes.count
+    return (of_q @ of_k - of_pairs[0]) / (n * n - n) if n > 1 else of_pairs[0] * math.nan
 
 def is_auto(
     strength: float | str,
@@ -576,11 +569,10 @@ class Auto(nn.Module):
     def forward(self,
         q: Tensor,  # (B, D)
         k: Tensor,  # (B, D)
-        negatives: Negatives,
         processes: Processes = Processes(),
     ) -> Tensor:  # s, a scalar on the device of `q`
-        "The strength for this step"
-        now = mean_of_others(q, k, negatives, processes).to(self.signal.dtype)
+        "The strength for this call"
+        now = mean_of_others(q, k, processes).to(self.signal.dtype)
         before = self.signal.to(q.device)
         smooth = torch.where(before.isnan(), now, before.lerp(now, 0.1))
         self.signal = torch.where(now.isnan(), before, smooth)
@@ -589,7 +581,7 @@ class Auto(nn.Module):
         self.strength = torch.minimum(borne, highest)
         return self.strength
 
-# %% ../nbs/03_transform.ipynb #3e8dab3d
+# %% ../nbs/03_transform.ipynb #2ac0b6d4
 def _of_options(name):
     "A property that is kept in `options`, where every transformation of the step reads it"
     def read(self):
@@ -609,7 +601,7 @@ class FeatureTransform(nn.Module):
         alpha: float | str = 2.0,  # a_ex: l_ex = 1 + strength * Beta(a_ex, a_ex); or a `schedule`
         alpha_neg: float = 1.6,  # a_in: l_in = Beta(a_in, a_in)
         renormalize: bool = False,  # Put the transformed vectors back on the sphere
-        strength: float | str = 1.0,  # s: reach of l_ex, above 0 and at most 1; `auto`; a schedule
+        strength: float | str | Tensor = 1.0,  # s: reach of l_ex, in (0, 1]; `auto`; a schedule
         detach_key: bool = False,  # Stop the gradient through k_hat
         append: bool = False,  # Whether new negatives join the old ones, or replace them
         neg_limit: float = 0.5,  # m_0: `auto` is off where different images score so on average
@@ -644,21 +636,20 @@ class FeatureTransform(nn.Module):
     def draws(self) -> list:
         "Names of what a call draws: columns of a record"
         names = [name for part in self.parts for name in part.draws]
-        if self.changes:
+        if self.changes and self.parts:
             names += ["strength", "signal"] if self.auto else ["strength"]
         return names
 
     def set_strength(self,
         q: Tensor,  # (B, D)
         k: Tensor,  # (B, D)
-        negatives: Negatives,
     ):
         "Decide how strong the transformations of this call are"
         options = self.options
         options.alpha = self.alpha_at(self.progress)
         options.strength = self.strength_at(self.progress)
         if self.auto:
-            options.strength = self.auto(q, k, negatives, self.processes)
+            options.strength = self.auto(q, k, self.processes)
             self.drawn["signal"] = self.auto.signal
         if self.changes:
             self.drawn["strength"] = torch.as_tensor(options.strength, device=q.device)
@@ -677,7 +668,7 @@ class FeatureTransform(nn.Module):
                              "give a mask, as in_batch of ftcl.loss does.")
         self.drawn = {}
         if self.parts:
-            self.set_strength(q, k, negatives)
+            self.set_strength(q, k)
         for part in self.parts:
             new = part(q, k, negatives)
             if part.acts_on == "negatives":

@@ -146,16 +146,26 @@ def test_a_look_reads_the_last_rows_alone_and_none_before_its_time():
 
 
 def test_k_and_tau_go_into_the_file_and_the_table_is_as_before(tmp_path):
-    recorder = stuck(ScoreRecorder(tau=0.2, tau_pos=0.1), 3)
+    recorder = stuck(ScoreRecorder(tau=0.1), 3)
     recorder.save(tmp_path / "run.parquet")
     read = read_scores(tmp_path / "run.parquet")
     assert read.attrs == dict(tau=0.1, negatives=32)
-    plain = stuck(ScoreRecorder(tau=0.2, tau_pos=0.1), 3)
+    plain = stuck(ScoreRecorder(tau=0.1), 3)
     pd.testing.assert_frame_equal(read, plain.frame(), check_exact=True)
     again = ScoreRecorder(tau=0.2)
     again.restore(recorder.columns, recorder.table())
     assert again.frame().attrs == dict(tau=0.2)  # until a step says how many negatives there are
     assert stuck(again, 4).frame().attrs == dict(tau=0.2, negatives=32)
+
+
+def test_a_pair_that_is_not_near_is_never_saturated():
+    "At SimCLR's temperature two bits are left to a pair at 0.3"
+    recorder = ScoreRecorder(tau=0.5)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(60):
+        pos = 0.5 + 0.02 * torch.rand(8, generator=generator)
+        recorder.record(step, pos, 0.2 * torch.randn(8, 40, generator=generator))
+    assert recorder.verdict().word == "healthy"
 
 
 def test_masked_negatives_do_not_count():

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['cross_correlations', 'barlow_loss', 'BarlowTwins']
 
-# %% ../../nbs/methods/barlow.ipynb #9a4fe9ee
+# %% ../../nbs/methods/barlow.ipynb #18d608bb
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..core import InputError, check_shapes, positive
 from ..encoder import Encoder
 from ..loss import temperature
-from ..method import Method, Step
+from ..method import NO_SOFTMAX, Method, Step
 from ..transform import FeatureTransform, transform_names
 
 # %% ../../nbs/methods/barlow.ipynb #aae9097f
@@ -38,13 +38,14 @@ def barlow_loss(
     off = c.square().sum() - c.diagonal().square().sum()
     return on + weight * off
 
-# %% ../../nbs/methods/barlow.ipynb #4248ca85
+# %% ../../nbs/methods/barlow.ipynb #332affe0
 class BarlowTwins(Method, name="barlow"):
     "Each dimension agrees with itself in the other view, and with no other (arXiv 2103.03230)"
     augmentation = "B"
     head = "mlp3_bn"
     recipe = dict(lr=0.12, weight_decay=5e-4, warmup_epochs=0, tau=0.1, momentum=0.0)
     has_negatives = False
+    unused = NO_SOFTMAX
 
     def __init__(self,
         encoder: Encoder,  # Of both views
@@ -69,6 +70,7 @@ class BarlowTwins(Method, name="barlow"):
                 f"mixing is {mixing!r}, but must be none with barlow: its loss compares dimensions "
                 "over a batch, and no pair of images that could be transformed."
             )
+        super().check(p)
 
     @classmethod
     def make(cls, encoder, transform, p, generator):

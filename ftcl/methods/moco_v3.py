@@ -27,11 +27,12 @@ def predictor(
     last = nn.Linear(hidden, dim, bias=False)
     return nn.Sequential(first, VectorBN(hidden), nn.ReLU(True), last)
 
-# %% ../../nbs/methods/moco_v3.ipynb #f17b5a8d
+# %% ../../nbs/methods/moco_v3.ipynb #8d1198be
 class MoCoV3(Method, name="moco_v3"):
     "A predicted query against the slow encoder's keys of the batch (arXiv 2104.02057)"
     head = "mlp_bn"
     recipe = Method.recipe | dict(tau=0.2)
+    unused = dict(symmetric=False)
     encode_keys = MoCo.encode_keys
 
     def __init__(self,

@@ -35,10 +35,11 @@ def gather_with_gradient(
     check_shapes(x=(x, "BD"))
     return _Gather.apply(x, processes) if processes.count > 1 else x
 
-# %% ../../nbs/methods/simclr.ipynb #debd27b4
+# %% ../../nbs/methods/simclr.ipynb #c41d2d9f
 class SimCLR(Method, name="simclr"):
     "Two views of a batch, each the other's key, all other vectors negatives (arXiv 2002.05709)"
     recipe = Method.recipe | dict(lr=0.12, tau=0.5)  # for a batch of 256
+    unused = dict(symmetric=False)
 
     def __init__(self,
         encoder: Encoder,  # Trained by the optimiser; it makes queries and keys

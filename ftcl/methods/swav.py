@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['sinkhorn', 'swapped_loss', 'SwAV', 'SwAVMultiCrop']
 
-# %% ../../nbs/methods/swav.ipynb #3d6476a9
+# %% ../../nbs/methods/swav.ipynb #6c49e83b
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core import check_shapes, positive, whole
 from ..encoder import Encoder, first_weight
 from ..loss import scores, temperature
-from ..method import Method, Step, join, vectors_of
+from ..method import NO_SOFTMAX, Method, Step, join, vectors_of
 from ..transform import FeatureTransform
 from ..views import SmallViews
 
@@ -47,13 +47,14 @@ def swapped_loss(
                 losses.append(-(code * predicted).sum(1).mean())
     return torch.stack(losses).mean()
 
-# %% ../../nbs/methods/swav.ipynb #8bd6981d
+# %% ../../nbs/methods/swav.ipynb #65cdf72b
 class SwAV(Method, name="swav"):
     "Views that predict each other's codes of prototypes (arXiv 2006.09882)"
     augmentation = "B"
     head = "mlp_bn"
     recipe = dict(lr=0.06, weight_decay=5e-4, warmup_epochs=0, tau=0.1, momentum=0.0)
     has_negatives = False
+    unused = NO_SOFTMAX
 
     def __init__(self,
         encoder: Encoder,
