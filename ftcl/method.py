@@ -42,14 +42,14 @@ class Contrast(NamedTuple):
     before: tuple | None = None  # the same two before the transformation
     drawn: dict = {}  # what the transformation drew, by name
 
-# %% ../nbs/09_method.ipynb #22c12412
+# %% ../nbs/09_method.ipynb #f5dbff72
 METHODS = {}  # name: class
 NEG_QUERIES = ["transformed", "original"]
 NO_SOFTMAX = dict(  # parameters that a loss without negatives makes no use of, when off
-    symmetric=False, tau_pos=0.0, neg_query="transformed", beta=0.0, tau_plus=0.0
+    symmetric=False, tau_pos=0.0, neg_query="transformed", hardness=0.0, false_share=0.0
 )
 
-# %% ../nbs/09_method.ipynb #bdf29d7c
+# %% ../nbs/09_method.ipynb #06e1f3b8
 OWN = -1  # a parameter's value that stands for the method's own, in `recipe`
 
 class Rate(NamedTuple):
@@ -68,8 +68,8 @@ class Method(nn.Module):
     small_views = None  # or `SmallViews`: `forward` takes them after the two
     tau = None  # temperature of its softmax; None where it has none
     tau_pos = None  # temperature of the positive alone; None: `tau`
-    beta = 0.0  # how much harder negatives weigh more (HCL)
-    tau_plus = 0.0  # share of negatives that are thought to be positives (HCL)
+    hardness = 0.0  # weight of harder negatives (HCL's beta); 0: all alike
+    false_share = 0.0  # share of false negatives that is taken off (HCL's tau+)
     neg_query = "transformed"  # which query meets the negatives: one of `NEG_QUERIES`
 
     def __init_subclass__(cls, name: str | None = None, **more):
@@ -160,13 +160,31 @@ class Method(nn.Module):
         after = scores(*self.transform(q, k, keys), q_neg=q_neg)
         return Contrast(*after, before, self.transform.drawn)
 
+    def set_softmax(self,
+        tau: float,  # Temperature
+        tau_pos: float | None = None,  # Temperature of the positive alone; None: `tau`
+        neg_query: str = "transformed",  # Which query meets the negatives: see `NEG_QUERIES`
+        hardness: float = 0.0,  # Weight of harder negatives (HCL's beta); 0: all alike
+        false_share: float = 0.0,  # Share of false negatives that is taken off (HCL's tau+)
+    ):
+        "Take the numbers of the softmax; raises `InputError` for one that is out of range"
+        self.tau = temperature("tau", tau)
+        self.tau_pos = None if tau_pos is None else temperature("tau_pos", tau_pos)
+        self.neg_query = one_of("neg_query", neg_query, NEG_QUERIES)
+        self.hardness = within("hardness", hardness, 0, 100)
+        self.false_share = within("false_share", false_share, 0, 0.99)
+        if tau_pos is not None and (hardness or false_share):
+            raise InputError(
+                "tau_pos and hardness or false_share are of two losses: take one of them."
+            )
+
     def softmax_loss(self,
         pos: Tensor,  # (B,)
         neg: Tensor,  # (B, K)
     ) -> tuple[Tensor, Tensor | None]:  # Loss, and the soft maximum (B,) where it has it
-        "InfoNCE, or its reweighted form where `beta` or `tau_plus` ask for it"
-        if self.beta or self.tau_plus:
-            return reweighted_info_nce(pos, neg, self.tau, self.beta, self.tau_plus), None
+        "InfoNCE, or its reweighted form where `hardness` or `false_share` ask for it"
+        if self.hardness or self.false_share:
+            return reweighted_info_nce(pos, neg, self.tau, self.hardness, self.false_share), None
         return info_nce(pos, neg, self.tau, self.tau_pos, with_soft_max=True)
 
     def others(self,
@@ -263,7 +281,7 @@ def _own_parts(encoder):
     parts = getattr(encoder, "bn_splits", None)
     return batch_parts(encoder) if parts is None else whole("bn_splits", parts, 1)
 
-# %% ../nbs/09_method.ipynb #deeddeb8
+# %% ../nbs/09_method.ipynb #7bee9c45
 class MoCo(Method):
     "Momentum contrast: queries against the keys of a slower encoder and a queue of earlier ones"
     def __init__(self,
@@ -276,21 +294,17 @@ class MoCo(Method):
         symmetric: bool = False,  # Each view is once the query and once the key
         neg_query: str = "transformed",  # Which query meets the negatives: see `NEG_QUERIES`
         precision: str = "fp32",  # `bf16` or `fp32` inside the encoders
-        beta: float = 0.0,  # As in `reweighted_info_nce`; 0 with `tau_plus` 0: InfoNCE
-        tau_plus: float = 0.0,  # As in `reweighted_info_nce`
+        hardness: float = 0.0,  # As in `reweighted_info_nce`; 0 with `false_share` 0: InfoNCE
+        false_share: float = 0.0,  # As in `reweighted_info_nce`
     ):
         super().__init__(encoder, transform, precision)
         _check_kind("queue", queue, Queue)
-        self.beta = within("beta", beta, 0, 100)
-        self.tau_plus = within("tau_plus", tau_plus, 0, 0.99)
+        self.set_softmax(tau, tau_pos, neg_query, hardness, false_share)
         _check_kind("symmetric", symmetric, bool)
         self.key_encoder = slow_copy(encoder)
         self.queue = queue
         self.momentum = within("momentum", momentum, 0, 1)
-        self.tau = temperature("tau", tau)
-        self.tau_pos = None if tau_pos is None else temperature("tau_pos", tau_pos)
         self.symmetric = symmetric
-        self.neg_query = one_of("neg_query", neg_query, NEG_QUERIES)
 
     @classmethod
     def check(cls,
@@ -325,8 +339,8 @@ class MoCo(Method):
             symmetric=p["symmetric"],
             neg_query=p["neg_query"],
             precision=p["precision"],
-            beta=p.get("beta") or 0.0,
-            tau_plus=p.get("tau_plus") or 0.0,
+            hardness=p.get("hardness") or 0.0,
+            false_share=p.get("false_share") or 0.0,
         )
 
     def encode_keys(self,
@@ -422,10 +436,11 @@ class MoCoV2(MoCo, name="moco_v2"):
     augmentation = "B"
     head = "mlp"
 
-# %% ../nbs/09_method.ipynb #0435497c
+# %% ../nbs/09_method.ipynb #8e1f4eda
 def predictor(
     encoder: Encoder,  # Whose vectors it takes, before they have length 1
     ratio: float,  # Width of its hidden layer, as a multiple of D
+    bias: bool = True,  # Whether its last layer has one
 ) -> nn.Sequential:  # (B, D) -> (B, D)
     "Two layers, normalised over the parts of a batch; raises `InputError` for a foreign encoder"
     if not isinstance(encoder, Encoder):
@@ -436,7 +451,8 @@ def predictor(
     dim = encoder.last.out_features  # D
     hidden = max(int(ratio * dim), 1)
     norm = VectorBN(hidden)
-    layers = [nn.Linear(dim, hidden, bias=False), norm, nn.ReLU(True), nn.Linear(hidden, dim)]
+    last = nn.Linear(hidden, dim, bias=bias)
+    layers = [nn.Linear(dim, hidden, bias=False), norm, nn.ReLU(True), last]
     like = first_weight(encoder)
     net = nn.Sequential(*layers).to(like.device, like.dtype)
     return split_vectors(net, batch_parts(encoder.backbone))

@@ -74,7 +74,7 @@ def set_lr(
         else:
             group["lr"] = rate
 
-# %% ../nbs/13_train.ipynb #16a6c8df
+# %% ../nbs/13_train.ipynb #0ef76078
 def check_fit(
     p: dict,  # All parameters of `pretrain`
 ):
@@ -85,8 +85,8 @@ def check_fit(
     if p["start_epoch"] >= p["epochs"]:
         start = p["start_epoch"]
         raise InputError(f"start_epoch is {start}, but must be below epochs, {p['epochs']}.")
-    if p["tau_pos"] and (p["beta"] or p["tau_plus"]):
-        raise InputError("tau_pos and beta or tau_plus are of two losses: take one of them.")
+    if p["tau_pos"] and (p["hardness"] or p["false_share"]):
+        raise InputError("tau_pos and hardness or false_share are of two losses: take one of them.")
     if p["warmup_epochs"] >= p["epochs"]:
         warmup = p["warmup_epochs"]
         raise InputError(f"warmup_epochs is {warmup}, but must be below epochs, {p['epochs']}.")
@@ -142,7 +142,7 @@ def refuse_surroundings():
             f"torch's default device is {device}: set it to cpu, for a run finds its own."
         )
 
-# %% ../nbs/13_train.ipynb #da3b0105
+# %% ../nbs/13_train.ipynb #39034764
 def leave_processes():
     "Leave the group of processes, so that none is waited for when the program ends"
     if torch.distributed.is_initialized():
@@ -221,7 +221,7 @@ def begin(
     optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=decay, fused=True)
     with without_settings():
         forward, optimizer = accelerator.prepare(method, optimizer)
-    plain = method.has_negatives and not method.beta and not method.tau_plus
+    plain = method.has_negatives and not method.hardness and not method.false_share
     recorder = ScoreRecorder(
         gather=gather, tau=method.tau, tau_pos=method.tau_pos, is_info_nce=plain
     )
@@ -766,7 +766,7 @@ Workers = Annotated[
     ),
 ]
 
-# %% ../nbs/13_train.ipynb #be5b1325
+# %% ../nbs/13_train.ipynb #80cc1629
 def pretrain(
     dataset: Annotated[str, Param("shapes, a folder, or a Hugging Face id", "data")] = "shapes",
     split: Annotated[str, Param("the split to train on", "data")] = "train",
@@ -875,11 +875,11 @@ def pretrain(
     tau_pos: Annotated[
         float, Param("temperature of the positive alone; 0: tau", "transformation", least=0)
     ] = 0.0,
-    beta: Annotated[
+    hardness: Annotated[
         float,
         Param("weight of harder negatives (HCL); 0: all alike", "transformation", 0, most=100),
     ] = 0.0,
-    tau_plus: Annotated[
+    false_share: Annotated[
         float,
         Param("share of false negatives that is taken off (HCL)", "transformation", 0, most=0.99),
     ] = 0.0,
@@ -941,7 +941,7 @@ def pretrain(
         mixing=mixing, level=level, alpha=alpha, alpha_neg=alpha_neg, strength=strength,
         neg_limit=neg_limit,
         start_epoch=start_epoch, renormalize=renormalize, detach_key=detach_key, append=append,
-        neg_query=neg_query, tau_pos=tau_pos, beta=beta, tau_plus=tau_plus,
+        neg_query=neg_query, tau_pos=tau_pos, hardness=hardness, false_share=false_share,
         epochs=epochs, batch_size=batch_size, lr=lr, warmup_epochs=warmup_epochs,
         weight_decay=weight_decay,
         precision=precision, seed=seed,

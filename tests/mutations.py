@@ -1774,7 +1774,7 @@ def allowed(name, value, function=train.pretrain):
 
 DEPENDENT = {"method", "symmetric", "momentum", "queue_size", "bn_splits", "batch_size", "epochs",
              "start_epoch", "evaluate_on", "holdout", "readouts", "knn_every", "weights", "encoder",
-             "dim", "precision", "warmup_epochs", "tau_pos", "beta", "tau_plus", "mixing",
+             "dim", "precision", "warmup_epochs", "tau_pos", "hardness", "false_share", "mixing",
              "strength", "alpha"}  # fmt: skip
 
 

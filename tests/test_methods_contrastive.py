@@ -99,7 +99,7 @@ def test_reweighted_nt_xent_has_the_values_of_its_authors(beta, value):
     torch.manual_seed(0)
     a, b = torch.randn(64, 128), torch.randn(64, 128)
     a, b = (F.normalize(x.double(), dim=1) for x in (a, a + 0.5 * b))
-    method = SimCLR(flat_encoder(), FeatureTransform("none"), beta=beta, tau_plus=0.1)
+    method = SimCLR(flat_encoder(), FeatureTransform("none"), hardness=beta, false_share=0.1)
     both = join_contrasts([method.direction(*z, True, True) for z in ((a, b), (b, a))])
     assert abs(method.softmax_loss(both.pos, both.neg)[0] - value) < 1e-9
 
@@ -269,11 +269,12 @@ def test_a_record_has_the_columns_of_moco(name, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_options_of_a_run_reach_the_method(name, tmp_path):
-    record = pretrain(**TINY | dict(method=name, symmetric=True, epochs=1), out=str(tmp_path))
+    p = TINY | dict(method=name, symmetric=name == "imix", epochs=1)
+    record = pretrain(**p, out=str(tmp_path))
     assert record["steps"] == 3
     method = METHODS[name]
     hard = pretrain(
-        **TINY | dict(method=name, symmetric=True, beta=1.0, epochs=1),
+        **p | dict(hardness=1.0),
         out=str(tmp_path),
         name="hard",
     )

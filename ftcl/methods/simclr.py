@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['gather_with_gradient', 'SimCLR']
 
-# %% ../../nbs/methods/simclr.ipynb #f4498e75
+# %% ../../nbs/methods/simclr.ipynb #9e810753
 import torch
 from torch import Tensor
-from ..core import Processes, check_shapes, one_of, within
+from ..core import Processes, check_shapes
 from ..encoder import Encoder
-from ..loss import in_batch, temperature
-from ..method import NEG_QUERIES, Contrast, Method, Step, join, join_contrasts, vectors_of
+from ..loss import in_batch
+from ..method import Contrast, Method, Step, join, join_contrasts, vectors_of
 from ..transform import FeatureTransform
 
 # %% ../../nbs/methods/simclr.ipynb #f1f96193
@@ -35,7 +35,7 @@ def gather_with_gradient(
     check_shapes(x=(x, "BD"))
     return _Gather.apply(x, processes) if processes.count > 1 else x
 
-# %% ../../nbs/methods/simclr.ipynb #c41d2d9f
+# %% ../../nbs/methods/simclr.ipynb #461ad19a
 class SimCLR(Method, name="simclr"):
     "Two views of a batch, each the other's key, all other vectors negatives (arXiv 2002.05709)"
     recipe = Method.recipe | dict(lr=0.12, tau=0.5)  # for a batch of 256
@@ -48,15 +48,11 @@ class SimCLR(Method, name="simclr"):
         tau_pos: float | None = None,  # Temperature of the positive alone; None: `tau`
         neg_query: str = "transformed",  # Which query meets the negatives: see `NEG_QUERIES`
         precision: str = "fp32",  # `bf16` or `fp32` inside the encoder
-        beta: float = 0.0,  # As in `reweighted_info_nce`; 0 with `tau_plus` 0: InfoNCE
-        tau_plus: float = 0.0,  # As in `reweighted_info_nce`
+        hardness: float = 0.0,  # As in `reweighted_info_nce`; 0 with `false_share` 0: InfoNCE
+        false_share: float = 0.0,  # As in `reweighted_info_nce`
     ):
         super().__init__(encoder, transform, precision)
-        self.tau = temperature("tau", tau)
-        self.tau_pos = None if tau_pos is None else temperature("tau_pos", tau_pos)
-        self.neg_query = one_of("neg_query", neg_query, NEG_QUERIES)
-        self.beta = within("beta", beta, 0, 100)
-        self.tau_plus = within("tau_plus", tau_plus, 0, 0.99)
+        self.set_softmax(tau, tau_pos, neg_query, hardness, false_share)
 
     @classmethod
     def make(cls,
@@ -66,7 +62,7 @@ class SimCLR(Method, name="simclr"):
         generator: torch.Generator,  # Not needed: nothing else starts at random
     ) -> "SimCLR":
         "The method of a run"
-        names = ("tau", "neg_query", "precision", "beta", "tau_plus")
+        names = ("tau", "neg_query", "precision", "hardness", "false_share")
         given = {name: p[name] for name in names if name in p}
         return cls(encoder, transform, tau_pos=p["tau_pos"] or None, **given)
 
