@@ -30,13 +30,7 @@ ROOT = Path(__file__).parent.parent
 NAMES = ["simclr", "moco_v3", "imix"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "The number of threads decides the order of sums"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
