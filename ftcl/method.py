@@ -7,7 +7,8 @@ __all__ = ['METHODS', 'NEG_QUERIES', 'NO_SOFTMAX', 'OWN', 'Step', 'Contrast', 'R
            'vectors_of', 'slow_copy', 'MoCo', 'MoCoV1', 'MoCoV2', 'predictor', 'Predictive', 'as_published',
            'transform_of', 'build_method', 'augmentation_of']
 
-# %% ../nbs/09_method.ipynb #77623126
+# %% ../nbs/09_method.ipynb #0f3c0fb1
+import inspect
 from copy import deepcopy
 from typing import NamedTuple
 import torch
@@ -49,7 +50,7 @@ NO_SOFTMAX = dict(  # parameters that a loss without negatives makes no use of, 
     symmetric=False, tau_pos=0.0, neg_query="transformed", hardness=0.0, false_share=0.0
 )
 
-# %% ../nbs/09_method.ipynb #06e1f3b8
+# %% ../nbs/09_method.ipynb #a7930fda
 OWN = -1  # a parameter's value that stands for the method's own, in `recipe`
 
 class Rate(NamedTuple):
@@ -95,16 +96,17 @@ class Method(nn.Module):
         p: dict,  # All parameters of `pretrain`
     ):
         "Raise `InputError` for the first parameter that does not fit this method"
+        method = p.get("method", cls.__name__)
         for name in transform_names(p.get("mixing", "none")):
             if TRANSFORMS[name].acts_on == "negatives" and not cls.has_negatives:
                 raise InputError(
-                    f"mixing is {p['mixing']!r}, but {name} needs negatives, and {p['method']} has "
-                    "none: take pos, or none."
+                    f"mixing is {p['mixing']!r}, but {name} needs negatives, and {method} has "
+                    "none: take one of a pair (pos, pos_arc, pos_in), or none."
                 )
         for name, off in cls.unused.items():
             if name in p and p[name] != off:
                 raise InputError(
-                    f"{name} is {shown(p[name])}, but {p['method']} makes no use of it: leave it "
+                    f"{name} is {shown(p[name])}, but {method} makes no use of it: leave it "
                     f"at {off!r}."
                 )
 
@@ -117,6 +119,15 @@ class Method(nn.Module):
     ) -> "Method":
         "The method of a run"
         return cls(encoder, transform, p["precision"])
+
+    @property
+    def progress(self) -> float | None:
+        "Share of the run that is over, from 0 to 1; None: unknown. The transformation knows it, too"
+        return self.transform.progress
+
+    @progress.setter
+    def progress(self, over):
+        self.transform.progress = over
 
     def distribute(self,
         processes: Processes,
@@ -457,7 +468,7 @@ def predictor(
     net = nn.Sequential(*layers).to(like.device, like.dtype)
     return split_vectors(net, batch_parts(encoder.backbone))
 
-# %% ../nbs/09_method.ipynb #b63087f0
+# %% ../nbs/09_method.ipynb #b34f9589
 class Predictive(Method):
     "A method that compares predictions with targets; a subclass says how they are made"
     has_negatives = False
@@ -472,7 +483,7 @@ class Predictive(Method):
         precision: str = "fp32",  # `bf16` or `fp32` inside the networks
     ):
         super().__init__(encoder, transform, precision)
-        self.check(dict(method=type(self).__name__.lower(), mixing=transform.mixing))
+        self.check(dict(mixing=transform.mixing))
         self.predictor = predictor(encoder, ratio)
         self.tau = temperature("tau", tau)
 
@@ -484,8 +495,7 @@ class Predictive(Method):
         return p.to(torch.promote_types(p.dtype, torch.float32))
 
     def loss_of(self,
-        pos: Tensor,  # Cosines of all directions
-        ways: int,  # Directions
+        pos: Tensor,  # (2b,) cosines of all directions
     ) -> Tensor:  # Scalar
         "The loss of predictions and their targets"
         raise NotImplementedError
@@ -499,14 +509,13 @@ class Predictive(Method):
         "Loss and scores of predictions and their targets, which get no gradient"
         q = F.normalize(join(predictions), dim=1)  # (2b, D)
         k = F.normalize(join(targets).detach(), dim=1)  # (2b, D)
-        ways = len(targets)
-        pairs = zip(q.chunk(ways), k.chunk(ways))
+        pairs = zip(q.chunk(len(targets)), k.chunk(len(targets)))
         parts = [self.contrast(a, b, self.others(b), mix, look) for a, b in pairs]
         both = join_contrasts(parts)
-        loss = self.loss_of(both.pos, ways)
+        loss = self.loss_of(both.pos)
         return Step(loss, both.pos, both.neg, both.before, (q, k), None, both.drawn)
 
-# %% ../nbs/09_method.ipynb #04fe97a1
+# %% ../nbs/09_method.ipynb #5e731cc4
 def as_published(
     p: dict,  # Parameters of `pretrain`
 ) -> dict:
@@ -523,9 +532,9 @@ def transform_of(
     generator: torch.Generator | None = None,  # Of all draws
 ) -> FeatureTransform:
     "The transformation of a run"
-    names = ("mixing", "level", "alpha", "alpha_neg", "renormalize", "strength", "detach_key")
-    names += ("append", "neg_limit")
-    return FeatureTransform(**{name: p[name] for name in names if name in p}, generator=generator)
+    names = inspect.signature(FeatureTransform).parameters
+    own = {name: p[name] for name in names if name in p}
+    return FeatureTransform(**own, generator=generator)
 
 def build_method(
     p: dict,  # Parameters of `pretrain`

@@ -264,7 +264,7 @@ def callers_random_numbers(s: State):
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
 
-# %% ../nbs/13_train.ipynb #c5c46048
+# %% ../nbs/13_train.ipynb #83c6d8c7
 def gradient_norms(
     s: State,
     q: Tensor,  # (b, D) queries, which kept their gradient
@@ -300,7 +300,7 @@ def train_step(
     lr = cosine_lr(p["lr"], s.step, steps, warmup)
     set_lr(s.optimizer, lr, p["lr"])
     seeded(s.method.transform.generator, p["seed"], MIX, s.step)
-    s.method.transform.progress = s.step / steps
+    s.method.progress = s.step / steps
     recorded = s.step % p["record_every"] == 0
     seed_layers(s)
     step = s.forward(*views, mix=mix, look=recorded)

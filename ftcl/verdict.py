@@ -50,7 +50,7 @@ def jumps(
     off = means[1:-1] - (means[2:] + means[:-2]) / 2  # (steps - 2,)
     return float(np.sqrt(np.mean(off**2) / 1.5 / np.mean(variances)))
 
-# %% ../nbs/05b_verdict.ipynb #f2e0527e
+# %% ../nbs/05b_verdict.ipynb #ca263453
 def before_prefix(
     frame: pd.DataFrame,  # A record of scores
 ) -> str:  # `before_`, or empty where no scores before a transformation were recorded
@@ -62,11 +62,11 @@ def _loss_column(
     frame: pd.DataFrame,  # The last steps of a record
 ) -> tuple[str, float]:  # The column, and the loss (nats) without a transformation; "", NaN
     "Where the loss stands that the encoder would have without a transformation"
-    early = before_prefix(frame)
-    same = all((frame[early + c] == frame[c]).all() for c in ("pos_mean", "neg_mean"))
+    prefix = before_prefix(frame)
+    same = all((frame[prefix + c] == frame[c]).all() for c in ("pos_mean", "neg_mean"))
     if same and "loss" in frame:
         return "loss", float(frame["loss"].mean())
-    weight = f"{early}pos_weight"
+    weight = f"{prefix}pos_weight"
     if weight in frame and frame[weight].mean() > 0:
         return weight, -math.log(frame[weight].mean())
     return "", math.nan
@@ -80,61 +80,76 @@ def _known(
     value = frame.attrs.get(name) if given is None else given
     return None if value is None else float(positive(name, value))
 
-# %% ../nbs/05b_verdict.ipynb #92d08905
-def _one_direction(last, early, negatives, tau):
+# %% ../nbs/05b_verdict.ipynb #a1354f6a
+class _Last(NamedTuple):
+    "What a look is given"
+    frame: pd.DataFrame  # the last steps of a record
+    prefix: str  # of the columns that tell of the encoder alone
+    negatives: float | None  # K
+    tau: float | None  # of the positives
+
+class _Found(NamedTuple):
+    "What a look finds"
+    there: bool  # whether it is what was looked for
+    column: str
+    value: float
+    reason: str
+
+def _one_direction(last):
     "Whether different images score alike"
-    column = f"{early}neg_mean"
-    value = float(last[column].mean())
-    pairs = last[f"{early}pos_mean"].mean()
-    rank = last["effective_rank"].mean() if "effective_rank" in last else math.nan
+    column = f"{last.prefix}neg_mean"
+    value = float(last.frame[column].mean())
+    pairs = last.frame[f"{last.prefix}pos_mean"].mean()
+    rank = last.frame["effective_rank"].mean() if "effective_rank" in last.frame else math.nan
     measured = "" if math.isnan(rank) else f" (measured: {rank:.1f})"
     reason = f"different images score {value:.3g} ({column}), pairs {pairs:.3g}, so the features "
     reason += f"fill at most {1 / max(value, 1e-9)**2:.1f} dimensions{measured}"
-    return value > COMMON, column, value, reason
+    return _Found(value > COMMON, column, value, reason)
 
-def _plateau(last, early, negatives, tau):
+def _plateau(last):
     "Whether the loss is that of a guess"
-    column, value = _loss_column(last)
-    if negatives is None or not column:
+    column, value = _loss_column(last.frame)
+    if last.negatives is None or not column:
         return None
-    guess = math.log(negatives + 1)
+    guess = math.log(last.negatives + 1)
     reason = f"the loss is {value:.3g} nats ({column}), and a guess has {guess:.3g}"
-    return value > guess - PLATEAU, column, value, reason
+    return _Found(value > guess - PLATEAU, column, value, reason)
 
-def _saturated(last, early, negatives, tau):
+def _saturated(last):
     "Whether the positives have little left to give"
-    if tau is None:
+    if last.tau is None:
         return None
-    column = f"{early}pos_mean"
-    value = float(last[column].mean())
-    left = (1 - value) / tau
+    column = f"{last.prefix}pos_mean"
+    value = float(last.frame[column].mean())
+    left = (1 - value) / last.tau
     reason = f"pairs score {value:.3g} ({column}), so they can lower the loss by at most "
     reason += f"{left:.2g} nats more"
-    return left < LEFT and value > NEAR, column, value, reason
+    return _Found(left < LEFT and value > NEAR, column, value, reason)
 
-def _falling_apart(last, early, negatives, tau):
+def _falling_apart(last):
     "Whether the negatives jump as one body"
-    column = f"{early}neg_mean"
-    variances = last.get(f"{early}neg_var", pd.Series(math.nan, last.index))
-    value = jumps(last[column].to_numpy(), variances.to_numpy())
+    column = f"{last.prefix}neg_mean"
+    unknown = pd.Series(math.nan, last.frame.index)
+    variances = last.frame.get(f"{last.prefix}neg_var", unknown)
+    value = jumps(last.frame[column].to_numpy(), variances.to_numpy())
     if math.isnan(value):
         return None
     reason = f"from step to step the mean negative score ({column}) jumps by {value:.2g} times "
     reason += "the spread of one query's negatives"
-    return value > JUMP, column, value, reason
+    return _Found(value > JUMP, column, value, reason)
 
-LOOKS = {  # Word: what finds it -> (found, column, value, reason), or None where it cannot look
+LOOKS = {  # Word: what looks for it; None where it cannot look
     "one direction": _one_direction,
     "plateau": _plateau,
     "saturated": _saturated,
     "falling apart": _falling_apart,
 }
 
-# %% ../nbs/05b_verdict.ipynb #49f7636b
-def _not_finite(last, early):
+# %% ../nbs/05b_verdict.ipynb #490ced07
+def _not_finite(last):
     "The verdict on steps with a mean that is no number; None where all are finite"
-    for column in (f"{early}pos_mean", f"{early}neg_mean"):
-        bad = last[~np.isfinite(last[column].to_numpy())]
+    for column in (f"{last.prefix}pos_mean", f"{last.prefix}neg_mean"):
+        bad = last.frame[~np.isfinite(last.frame[column].to_numpy())]
         if len(bad):
             value = float(bad[column].iloc[0])
             step = int(bad["step"].iloc[0])
@@ -151,23 +166,23 @@ def verdict(
     require_columns(frame, ["step", "pos_mean", "neg_mean"], "the record")
     negatives = _known("negatives", negatives, frame)
     tau = _known("tau", tau, frame)
-    last = frame[frame["step"] > frame["step"].iloc[-1] - WINDOW].astype(float)
-    early = before_prefix(last)
-    lost = _not_finite(last, early)
+    rows = frame[frame["step"] > frame["step"].iloc[-1] - WINDOW].astype(float)
+    last = _Last(rows, before_prefix(rows), negatives, tau)
+    lost = _not_finite(last)
     if lost:
         return lost
-    step = int(last["step"].iloc[-1])
+    step = int(rows["step"].iloc[-1])
     unseen = []
     for word, look in LOOKS.items():
-        found = look(last, early, negatives, tau)
+        found = look(last)
         if found is None:
             unseen.append(word)
-        elif found[0]:
-            _, column, value, reason = found
-            return Verdict(word, f"{word} at step {step}: {reason}.", column, value, step)
-    column = f"{early}neg_mean"
-    value = float(last[column].mean())
-    pairs = last[f"{early}pos_mean"].mean()
+        elif found.there:
+            sentence = f"{word} at step {step}: {found.reason}."
+            return Verdict(word, sentence, found.column, found.value, step)
+    column = f"{last.prefix}neg_mean"
+    value = float(rows[column].mean())
+    pairs = rows[f"{last.prefix}pos_mean"].mean()
     reason = f"pairs score {pairs:.3g}, different images {value:.3g} ({column})"
     reason += f"; not looked for: {', '.join(unseen)}" if unseen else ""
     return Verdict("healthy", f"healthy at step {step}: {reason}.", column, value, step)
@@ -182,14 +197,14 @@ def verdict_line(
     except InputError as e:
         return f"no verdict: {e}"
 
-# %% ../nbs/05b_verdict.ipynb #a25e5152
+# %% ../nbs/05b_verdict.ipynb #f406a11d
 def variance_ratio(
     frame: pd.DataFrame,  # A record of scores
 ) -> pd.Series:  # R of each step, before any transformation; NaN where all views are one vector
     "Variance between images over that within them; raises `InputError` for no record of scores"
     require_columns(frame, ["step", "pos_mean", "neg_mean"], "the record")
-    early = before_prefix(frame)
-    pairs = frame[f"{early}pos_mean"].astype(float)
+    prefix = before_prefix(frame)
+    pairs = frame[f"{prefix}pos_mean"].astype(float)
     within = 1 - pairs
-    between = pairs - frame[f"{early}neg_mean"].astype(float)
+    between = pairs - frame[f"{prefix}neg_mean"].astype(float)
     return between / within.where(within > 0)

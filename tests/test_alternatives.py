@@ -4,9 +4,6 @@ The plain forms go query by query, from the same draws in the same order.
 """
 
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -22,7 +19,6 @@ from ftcl.train import pretrain
 from ftcl.transform import ALIASES, TRANSFORMS, FeatureTransform, Negatives, on_arc, sample_beta
 from ftcl.transform import transform_names
 
-ROOT = Path(__file__).parent.parent
 B = 6
 D = 16
 K = 40
@@ -403,13 +399,6 @@ def test_wrong_weights_are_refused():
 
 RUN = dict(n_images=96, holdout=32, size=16, epochs=2, batch_size=32, queue_size=50, bn_splits=4)
 RUN |= dict(precision="fp32", progress=False, lr=0.02, dim=16)
-SCRIPT = """
-import torch
-torch.set_default_dtype(torch.float64)
-import ftcl.methods.simclr
-from ftcl.train import pretrain
-pretrain(**{parameters!r})
-"""
 EVERY = "mochi+synco+pos_arc+neg_ex+neg_arc+pos_in"
 
 
@@ -427,29 +416,3 @@ def test_a_run_with_all_of_them_resumes_exactly(tmp_path, method):
     for name, low in dict(l_pos_in=0.5, l_pos_arc=1, l_neg_ex=1, l_neg_arc=0).items():
         assert scored[name].between(low, 1 if low < 1 else 2).all(), name
     assert scored.loss.notna().all()
-
-
-@pytest.fixture
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@pytest.mark.parametrize("method", ["moco_v2", "simclr"])
-def test_two_processes_train_as_one(tmp_path, float64, method):
-    p = RUN | dict(method=method, mixing=EVERY, level="sample", out=str(tmp_path))
-    pretrain(**p, name="one")
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT.format(parameters=p | dict(name="two")))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launch, "--nproc_per_node", "2", str(script)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    a, b = (pd.read_parquet(tmp_path / f"{name}.parquet") for name in ("one", "two"))
-    for column in ("loss", "pos_mean", "neg_mean", "l_pos_arc", "l_neg_ex"):
-        np.testing.assert_allclose(a[column], b[column], rtol=1e-5, atol=1e-6, err_msg=column)
-    x, y = (read_checkpoint(tmp_path / f"{name}.safetensors")[0] for name in ("one", "two"))
-    for name in x:
-        if name.startswith(("method.", "sgd.")) and ".running_" not in name:
-            np.testing.assert_allclose(x[name], y[name], rtol=0, atol=1e-8, err_msg=name)

@@ -21,18 +21,12 @@ from ftcl.transform import LEVELS, TRANSFORMS, FeatureTransform, Options, Transf
 from ftcl.transform import beta_parameter, check_memory, extrapolate, interpolate, mean_of
 from ftcl.transform import sample_beta, schedule, transform_names
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 B, K, D = 4, 6, 8
 RUN = dict(method="moco_v2", encoder="small", stem="small", dim=8, bn_splits=1, queue_size=40)
 RUN |= dict(momentum=0.9, tau=0.1, tau_pos=0.0, symmetric=False, neg_query="transformed")
 RUN |= dict(precision="fp32", seed=0, weights="", augmentation="", view_strength=1.0, batch_size=8)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def generator():

@@ -20,6 +20,8 @@ from ftcl.queue import Queue
 from ftcl.train import pretrain
 from ftcl.transform import FeatureTransform
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FAMILIES = {  # name: features, size of an image that it takes
     "mobilenet_v3_small": (1024, 32),
     "shufflenet_v2_x0_5": (1024, 32),
@@ -44,12 +46,8 @@ RUN |= dict(precision="fp32", seed=0)
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def same_draws():
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -101,13 +101,6 @@ fit({folder!r} + "/two.parquet", 2)
 """
 
 
-@pytest.fixture
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def test_two_processes_record_what_one_does(tmp_path, float64):
     """Lightning starts them, as it does for a script.
 

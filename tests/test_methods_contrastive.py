@@ -1,7 +1,5 @@
-"SimCLR, MoCo v3 and i-Mix: their losses, runs, resumed runs, and runs of two processes"
+"SimCLR, MoCo v3 and i-Mix: their losses, runs, and resumed runs"
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,23 +19,14 @@ from ftcl.loss import in_batch, info_nce
 from ftcl.method import METHODS, join_contrasts
 from ftcl.methods.moco_v3 import MoCoV3
 from ftcl.methods.simclr import SimCLR, gather_with_gradient
-from ftcl.record import read_record
-from ftcl.scores import BINS, LIMIT, read_scores
+from ftcl.scores import read_scores
 from ftcl.train import pretrain
 from ftcl.transform import FeatureTransform
 
-ROOT = Path(__file__).parent.parent
 NAMES = ["simclr", "moco_v3", "imix"]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 class Flat(torch.nn.Module):
@@ -296,50 +285,3 @@ def test_a_mistake_is_one_sentence(tmp_path):
         pretrain(**run | dict(method="simcrl"))
     with pytest.raises(InputError, match="must hold 2 or more queries"):
         in_batch(torch.randn(1, 8), torch.randn(1, 8))
-
-
-# ---------------------------------------------------------------- two processes
-
-RUN = dict(n_images=96, holdout=32, size=16, epochs=2, batch_size=32, queue_size=96, bn_splits=4)
-RUN |= dict(mixing="posneg", precision="fp32", progress=False, lr=0.02, dim=16)
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-SCRIPT = """
-import torch
-torch.set_default_dtype(torch.float64)
-import ftcl.methods.{method}
-from ftcl.train import pretrain
-pretrain(**{parameters!r})
-"""
-
-
-@pytest.mark.parametrize(
-    "how",
-    [
-        dict(method="simclr", strength="auto", level="dimension"),
-        dict(method="moco_v3", strength="auto"),
-        dict(method="imix", level="sample", symmetric=True),
-    ],
-    ids=str,
-)
-def test_two_processes_train_as_one(tmp_path, float64, how):
-    p = RUN | how | dict(out=str(tmp_path))
-    one = pretrain(**p, name="one")
-    script = tmp_path / "run.py"
-    parameters = p | dict(name="two")
-    script.write_text(SCRIPT.format(method=how["method"], parameters=parameters))
-    run = subprocess.run([*LAUNCH, str(script)], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    two = read_record(tmp_path / "two.json")
-    assert (two["processes"], two["steps"]) == (2, one["steps"])
-    (x, a), (y, b) = (state(tmp_path / name) for name in ("one", "two"))
-    assert x.keys() == y.keys()
-    for name in x:
-        if name.startswith(("method.", "sgd.")):
-            # running statistics follow the parts of a batch one by one, or half of them twice
-            tolerance = 0.02 if ".running_" in name else 1e-9
-            np.testing.assert_allclose(x[name], y[name], rtol=0, atol=tolerance, err_msg=name)
-    for column in a:
-        # the recorder sums float32 scores; a score on the edge of a bin may fall to either side
-        bin_width = 2 * LIMIT / BINS if "neg_q" in column else 0
-        tolerance = dict(rtol=1e-5, atol=1e-6 + bin_width, err_msg=column)
-        np.testing.assert_allclose(a[column], b[column], **tolerance)

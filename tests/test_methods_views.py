@@ -1,11 +1,7 @@
 """InfoMin and SwAV: their losses, their training, and what they share with every other method
 
-Augmentation D comes with them. Two processes are compared in float64, as in test_processes.
+Augmentation D comes with them.
 """
-
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -22,12 +18,10 @@ from ftcl.data import shapes
 from ftcl.method import build_method, transform_of
 from ftcl.methods.infomin import InfoMin, orders
 from ftcl.methods.swav import SwAV, sinkhorn, swapped_loss
-from ftcl.record import read_record
-from ftcl.scores import BINS, LIMIT, read_scores
+from ftcl.scores import read_scores
 from ftcl.train import pretrain
 from ftcl.views import AUGMENTATIONS, Augmentation, augment, two_views, with_view_strength
 
-ROOT = Path(__file__).parent.parent
 NAMES = ["infomin", "swav", "swav_multicrop"]
 RUN = dict(n_images=96, holdout=32, size=16, epochs=2, batch_size=32, queue_size=50, bn_splits=4)
 RUN |= dict(dim=16, precision="fp32", progress=False, lr=0.02)
@@ -171,56 +165,6 @@ def test_records_have_the_columns_of_moco(tmp_path):
         assert frame.drop(columns="l_in").notna().all().all(), name
         columns[name] = list(frame)
     assert all(found == columns["moco_v2"] for found in columns.values())
-
-
-SCRIPT = """
-import torch
-torch.set_default_dtype(torch.float64)
-import ftcl.methods.infomin, ftcl.methods.swav
-from ftcl.train import pretrain
-pretrain(**{parameters!r})
-"""
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-
-
-@pytest.fixture
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@pytest.mark.parametrize(
-    "how",
-    [
-        dict(method="infomin", mixing="posneg", level="sample"),
-        dict(method="swav", mixing="pos", level="dimension", epochs=3),
-        dict(method="swav_multicrop", mixing="pos", strength="auto"),
-    ],
-    ids=str,
-)
-def test_two_processes_train_as_one(tmp_path, float64, how):
-    p = RUN | how | dict(out=str(tmp_path))
-    one = pretrain(**p, name="one")
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT.format(parameters=p | dict(name="two")))
-    run = subprocess.run([*LAUNCH, str(script)], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    two = read_record(tmp_path / "two.json")
-    assert (two["processes"], two["steps"]) == (2, one["steps"])
-    x, y = (read_checkpoint(tmp_path / f"{name}.safetensors")[0] for name in ("one", "two"))
-    assert x.keys() == y.keys()
-    for name in x:
-        if name.startswith(("method.", "sgd.")):
-            # running statistics follow the parts of a batch one by one, or half of them twice
-            tolerance = 0.02 if ".running_" in name else 1e-9
-            np.testing.assert_allclose(x[name], y[name], rtol=0, atol=tolerance, err_msg=name)
-    a, b = (pd.read_parquet(tmp_path / f"{name}.parquet") for name in ("one", "two"))
-    for column in a:
-        # the recorder sums float32 scores; a score on the edge of a bin may fall to either side
-        bin_width = 2 * LIMIT / BINS if "neg_q" in column else 0
-        tolerance = dict(rtol=1e-5, atol=1e-6 + bin_width, err_msg=column)
-        np.testing.assert_allclose(a[column], b[column], **tolerance)
 
 
 # What each method does by itself

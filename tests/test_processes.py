@@ -12,63 +12,85 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from ftcl.checkpoint import read_checkpoint
+from ftcl.method import METHODS
 from ftcl.record import read_record
 from ftcl.scores import BINS, LIMIT
 from ftcl.train import pretrain
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parent.parent
 RUN = dict(n_images=96, holdout=32, size=16, epochs=2, batch_size=32, queue_size=50, bn_splits=4)
-RUN |= dict(mixing="posneg", precision="fp32", progress=False, lr=0.02)
+RUN |= dict(method="moco_v2", mixing="posneg", precision="fp32", progress=False, lr=0.02, dim=16)
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 SCRIPT = """
 import torch
 torch.set_default_dtype(torch.float64)
+torch.set_num_threads(1)
 from ftcl.train import pretrain
-pretrain(**{parameters!r})
+for parameters in {runs!r}:
+    pretrain(**parameters)
 """
 
 
-def launch(tmp_path, **parameters):
-    "`pretrain` in two processes, in float64"
+def launch(tmp_path, *runs):
+    "`pretrain` in two processes, in float64, once for each of these parameters"
     script = tmp_path / "run.py"
-    script.write_text(SCRIPT.format(parameters=parameters))
+    script.write_text(SCRIPT.format(runs=runs))
     return subprocess.run([*LAUNCH, str(script)], cwd=ROOT, capture_output=True, text=True)
 
 
-@pytest.fixture
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+EVERY = "mochi+synco+pos_arc+neg_ex+neg_arc+pos_in"
+RUNS = {  # name: what differs from `RUN`
+    "feature": dict(),
+    "dimension": dict(level="dimension", symmetric=True, queue_size=75),
+    "sample": dict(level="sample", mixing="pos"),
+    "moco_v1": dict(method="moco_v1", strength="auto"),
+    "moco_v2 with all": dict(method="moco_v2", mixing=EVERY, level="sample"),
+    "moco_v3": dict(method="moco_v3", strength="auto"),
+    "simclr": dict(method="simclr", strength="auto", level="dimension"),
+    "simclr with all": dict(method="simclr", mixing=EVERY, level="sample"),
+    "imix": dict(method="imix", level="sample", symmetric=True, queue_size=96),
+    "infomin": dict(method="infomin", level="sample"),
+    "simsiam feature": dict(method="simsiam", mixing="pos"),
+    "simsiam sample": dict(method="simsiam", mixing="pos", level="sample"),
+    "simsiam dimension": dict(method="simsiam", mixing="pos", level="dimension"),
+    "byol": dict(method="byol", mixing="pos", level="sample", strength="auto"),
+    "swav": dict(method="swav", mixing="pos", level="dimension", epochs=3),
+    "swav_multicrop": dict(method="swav_multicrop", mixing="pos", strength="auto"),
+    "barlow": dict(method="barlow", mixing="none"),
+}
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        dict(level="feature"),
-        dict(level="dimension", symmetric=True, queue_size=75),
-        dict(level="sample", mixing="pos"),
-    ],
-    ids=str,
-)
-def test_two_processes_train_as_one(tmp_path, float64, how):
-    p = RUN | how | dict(out=str(tmp_path))
-    one = pretrain(**p, name="one")
-    run = launch(tmp_path, **p, name="two")
+def parameters_of(name, out):
+    return RUN | RUNS[name] | dict(name=name, out=str(out))
+
+
+@pytest.fixture(scope="module")
+def made_by_two(tmp_path_factory):
+    "The folder of all `RUNS`, made by one pair of processes"
+    folder = tmp_path_factory.mktemp("two")
+    run = launch(folder, *(parameters_of(name, folder) for name in RUNS))
     assert run.returncode == 0, run.stderr
-    two = read_record(tmp_path / "two.json")
+    return folder
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_train_as_one(tmp_path, made_by_two, float64, name):
+    one = pretrain(**parameters_of(name, tmp_path))
+    two = read_record(made_by_two / f"{name}.json")
     assert (two["processes"], two["steps"]) == (2, one["steps"])
-    x, y = (read_checkpoint(tmp_path / f"{name}.safetensors")[0] for name in ("one", "two"))
+    folders = (tmp_path, made_by_two)
+    x, y = (read_checkpoint(folder / f"{name}.safetensors")[0] for folder in folders)
     assert x.keys() == y.keys()
-    for name in x:
-        if name.startswith(("method.", "sgd.")):
+    for tensor in x:
+        if tensor.startswith(("method.", "sgd.")):
             # running statistics follow the parts of a batch one by one, or half of them twice
-            tolerance = 0.02 if ".running_" in name else 1e-9
-            np.testing.assert_allclose(x[name], y[name], rtol=0, atol=tolerance, err_msg=name)
-    a, b = (pd.read_parquet(tmp_path / f"{name}.parquet") for name in ("one", "two"))
+            near = 0.02 if ".running_" in tensor else 0
+            tolerance = dict(rtol=near, atol=near or 1e-9, err_msg=tensor)
+            np.testing.assert_allclose(x[tensor], y[tensor], **tolerance)
+    a, b = (pd.read_parquet(folder / f"{name}.parquet") for folder in folders)
     for column in a:
         # the recorder sums float32 scores; a score on the edge of a bin may fall to either side
         bin_width = 2 * LIMIT / BINS if "neg_q" in column else 0
@@ -76,8 +98,12 @@ def test_two_processes_train_as_one(tmp_path, float64, how):
         np.testing.assert_allclose(a[column], b[column], **tolerance)
 
 
+def test_each_method_is_among_them():
+    assert {(RUN | how)["method"] for how in RUNS.values()} == set(METHODS)
+
+
 def test_a_batch_that_cannot_be_shared_out_is_refused(tmp_path):
-    run = launch(tmp_path, **RUN | dict(bn_splits=1), out=str(tmp_path / "out"))
+    run = launch(tmp_path, RUN | dict(bn_splits=1, out=str(tmp_path / "out")))
     assert run.returncode != 0
     assert "bn_splits is 1, but must be a multiple of the 2 processes." in run.stderr
 
@@ -121,7 +147,7 @@ def test_a_signal_to_one_of_two_leaves_a_checkpoint_or_a_record(tmp_path, rank, 
     assert read_checkpoint(tmp_path / "run.safetensors")[1]["step"] == 6
     if stop == "SIGTERM" and name == "train_step":
         return  # going on is tried with the others
-    run = launch(tmp_path, **p)
+    run = launch(tmp_path, p)
     assert run.returncode == 0, run.stderr
     assert read_record(tmp_path / "run.json")["steps"] == 6
     assert len(pd.read_parquet(tmp_path / "run.parquet")) == 6

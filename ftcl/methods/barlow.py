@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['cross_correlations', 'barlow_loss', 'BarlowTwins']
 
-# %% ../../nbs/methods/barlow.ipynb #18d608bb
+# %% ../../nbs/methods/barlow.ipynb #620abd19
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..core import InputError, check_shapes, positive
 from ..encoder import Encoder
-from ..loss import temperature
+from ..loss import scores, temperature
 from ..method import NO_SOFTMAX, Method, Step
 from ..transform import FeatureTransform, transform_names
 
@@ -38,7 +38,7 @@ def barlow_loss(
     off = c.square().sum() - c.diagonal().square().sum()
     return on + weight * off
 
-# %% ../../nbs/methods/barlow.ipynb #332affe0
+# %% ../../nbs/methods/barlow.ipynb #6da9bd61
 class BarlowTwins(Method, name="barlow"):
     "Each dimension agrees with itself in the other view, and with no other (arXiv 2103.03230)"
     augmentation = "B"
@@ -98,5 +98,5 @@ class BarlowTwins(Method, name="barlow"):
             q = F.normalize(z[0], dim=1)  # (b, D)
             k = F.normalize(z[1], dim=1).detach()  # (b, D)
             with torch.no_grad():
-                seen = self.contrast(q, k, self.others(k), mix, look)
-        return Step(loss, seen.pos, seen.neg, None, (q, k), None)
+                pos, neg = scores(q, k, self.others(k))
+        return Step(loss, pos, neg, None, (q, k), None)

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['MoCoV3']
 
-# %% ../../nbs/methods/moco_v3.ipynb #0822b169
+# %% ../../nbs/methods/moco_v3.ipynb #a5bafbf1
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..core import check_shapes, within
 from ..encoder import Encoder, ema_update
-from ..method import Contrast, Method, MoCo, Step, join, join_contrasts, predictor, slow_copy
+from ..method import Method, MoCo, Step, join, join_contrasts, predictor, slow_copy
 from ..transform import FeatureTransform
 
-# %% ../../nbs/methods/moco_v3.ipynb #d2b57040
+# %% ../../nbs/methods/moco_v3.ipynb #3608bf0c
 class MoCoV3(Method, name="moco_v3"):
     "A predicted query against the slow encoder's keys of the batch (arXiv 2104.02057)"
     head = "mlp_bn"
@@ -58,17 +58,6 @@ class MoCoV3(Method, name="moco_v3"):
         z = self.predictor(self.encoder.before_sphere(v))  # (B, D)
         return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
 
-    def direction(self,
-        q: Tensor,  # (b, D) queries of this process's images
-        keys: Tensor,  # (B, D) keys of the whole batch
-        mix: bool,
-        look: bool,
-    ) -> Contrast:  # pos (b,), neg (b, B)
-        "Each query against the keys of the batch; its own is the positive, and no negative"
-        part = self.processes.part
-        own = torch.eye(len(keys), dtype=torch.bool, device=q.device)  # (B, B)
-        return self.contrast(q, part(keys), keys, mix, look, part(own))
-
     def forward(self,
         v1: Tensor,  # (B, 3, H, W) one view of each image
         v2: Tensor,  # (B, 3, H, W) the other view
@@ -80,13 +69,13 @@ class MoCoV3(Method, name="moco_v3"):
         with torch.autocast(v1.device.type, torch.bfloat16, enabled=self.bf16):
             q = join([self.predict(v) for v in (v1, v2)])  # (2b, D)
             with torch.no_grad():
-                keys = [self.encode_keys(v) for v in (v2, v1)]  # (B, D) each
+                keys = [self.processes.part(self.encode_keys(v)) for v in (v2, v1)]  # (b, D) each
         with torch.autocast(v1.device.type, enabled=False):
             pairs = zip(q.chunk(2), keys)
-            both = join_contrasts([self.direction(*pair, mix, look) for pair in pairs])
+            parts = [self.contrast(q, k, self.others(k), mix, look) for q, k in pairs]
+            both = join_contrasts(parts)
             loss, soft_max = self.softmax_loss(both.pos, both.neg)
-        own = join([self.processes.part(k) for k in keys])  # (2b, D)
-        return Step(loss, both.pos, both.neg, both.before, (q, own), soft_max, both.drawn)
+        return Step(loss, both.pos, both.neg, both.before, (q, join(keys)), soft_max, both.drawn)
 
     @torch.no_grad()
     def update(self,

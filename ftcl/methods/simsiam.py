@@ -12,7 +12,7 @@ from ..encoder import Encoder
 from ..method import Predictive, Rate
 from ..transform import FeatureTransform
 
-# %% ../../nbs/methods/simsiam.ipynb #d7a921b4
+# %% ../../nbs/methods/simsiam.ipynb #bc973716
 class SimSiam(Predictive, name="simsiam"):
     "One encoder and a predictor with a rate of its own (arXiv 2011.10566)"
     augmentation = "B"
@@ -37,7 +37,7 @@ class SimSiam(Predictive, name="simsiam"):
         of_encoder = [w for w in self.encoder.parameters() if w.requires_grad]
         return [Rate(of_encoder), Rate(list(self.predictor.parameters()), constant=True)]
 
-    def loss_of(self, pos, ways):
+    def loss_of(self, pos):
         "Minus the mean cosine"
         return -pos.mean()
 

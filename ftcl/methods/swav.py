@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['sinkhorn', 'swapped_loss', 'SwAV', 'SwAVMultiCrop']
 
-# %% ../../nbs/methods/swav.ipynb #6c49e83b
+# %% ../../nbs/methods/swav.ipynb #cc9b97de
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core import check_shapes, positive, whole
+from ..core import InputError, check_shapes, positive, whole, within
 from ..encoder import Encoder, first_weight
 from ..loss import scores, temperature
 from ..method import NO_SOFTMAX, Method, Step, join, vectors_of
@@ -47,7 +47,7 @@ def swapped_loss(
                 losses.append(-(code * predicted).sum(1).mean())
     return torch.stack(losses).mean()
 
-# %% ../../nbs/methods/swav.ipynb #65cdf72b
+# %% ../../nbs/methods/swav.ipynb #d35e83a1
 class SwAV(Method, name="swav"):
     "Views that predict each other's codes of prototypes (arXiv 2006.09882)"
     augmentation = "B"
@@ -67,10 +67,10 @@ class SwAV(Method, name="swav"):
         precision: str = "fp32",  # `bf16` or `fp32` inside the encoder
     ):
         super().__init__(encoder, transform, precision)
-        self.check(dict(method="swav", mixing=transform.mixing))
+        self.check(dict(mixing=transform.mixing))
         self.tau = temperature("tau", tau)
         self.eps = positive("eps", eps)
-        self.frozen = frozen
+        self.frozen = within("frozen", frozen, 0, 1)
         like = first_weight(encoder)
         start = torch.randn(whole("prototypes", prototypes, 2), whole("dim", dim, 1))
         start = F.normalize(start.to(like.device, like.dtype), dim=1)
@@ -102,7 +102,7 @@ class SwAV(Method, name="swav"):
 
     def centres(self) -> Tensor:  # (P, D)
         "The prototypes; without an effect on them while they are frozen"
-        over = self.transform.progress
+        over = self.progress
         if over is None or over >= self.frozen:
             return self.prototypes
         return self.prototypes.detach() + 0 * self.prototypes  # processes want a gradient of each
@@ -119,6 +119,12 @@ class SwAV(Method, name="swav"):
         with torch.autocast(v1.device.type, torch.bfloat16, enabled=self.bf16):
             z = join([vectors_of(self.encoder, v) for v in (v1, v2)])  # (2b, D)
             rest = [vectors_of(self.encoder, v) for v in small]  # (b, D) each
+        given, held = z.shape[1], self.prototypes.shape[1]
+        if given != held:
+            raise InputError(
+                f"the prototypes have dimension {held}, but the encoder gives {given}: "
+                f"make the method with dim={given}."
+            )
         with torch.autocast(v1.device.type, enabled=False):
             pair = tuple(z.chunk(2))  # (b, D) each
             before = None
