@@ -31,11 +31,11 @@ class Verdict(NamedTuple):
 # %% ../nbs/05b_verdict.ipynb #2e85b179
 COMMON = 0.5  # Mean negative score: above it most of a feature is common to all images
 
-# %% ../nbs/05b_verdict.ipynb #00b5699a
+# %% ../nbs/05b_verdict.ipynb #068d8182
 BIT = math.log(2)  # Nats
 PLATEAU = BIT  # Nats below log(K + 1): a loss that has not fallen by so much has learned nothing
 LEFT = 2 * BIT  # Nats that the positives can still give: less is saturated
-NEAR = 0.7  # Positive score: below it no pair is called saturated, whatever the temperature
+NEAR = 1 - 0.1 * LEFT  # Positive score that leaves so much at 0.1: below it none is saturated
 
 # %% ../nbs/05b_verdict.ipynb #591889a5
 JUMP = 1.0  # Of the mean negative score from step to step, in spreads of one query's negatives
