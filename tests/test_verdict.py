@@ -31,14 +31,17 @@ def table(rows=60, **columns):
 
 
 def test_every_threshold_is_where_the_page_says():
-    for word, columns, low, high in (
-        ("one direction", "neg_mean", COMMON - 1e-6, COMMON + 1e-6),
-        ("plateau", "loss", math.log(1025) - PLATEAU - 1e-6, math.log(1025) - PLATEAU + 1e-6),
-        ("saturated", "pos_mean", 1 - 0.2 * LEFT - 1e-6, 1 - 0.2 * LEFT + 1e-6),
+    for word, column, threshold, tau in (
+        ("one direction", "neg_mean", COMMON, 0.2),
+        ("plateau", "loss", math.log(1025) - PLATEAU, 0.2),
+        ("saturated", "pos_mean", 1 - 0.05 * LEFT, 0.05),
+        ("saturated", "pos_mean", 1 - 0.1 * LEFT, 0.1),
+        ("saturated", "pos_mean", 1 - 0.1 * LEFT, 0.5),  # SimCLR's
     ):
-        assert verdict(table(**{columns: low}), 1024, 0.2).word == "healthy"
-        said = verdict(table(**{columns: high}), 1024, 0.2)
-        assert said.word == word and said.bad and said.column == columns
+        high = threshold + 1e-6
+        assert verdict(table(**{column: threshold - 1e-6}), 1024, tau).word == "healthy"
+        said = verdict(table(**{column: high}), 1024, tau)
+        assert said.word == word and said.bad and said.column == column
         assert said.value == pytest.approx(high) and said.step == 59
         assert said.sentence.startswith(f"{word} at step 59: ") and said.sentence.endswith(".")
     flips = np.where(np.arange(60) % 2, 1, -1)
