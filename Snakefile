@@ -22,7 +22,7 @@ shell.prefix(
 
 PAPERMILL = f"{sys.executable} -m papermill --no-progress-bar --log-level WARNING"
 
-FIGURES = {  # notebook in nbs/figures: (study that it is drawn from, *: all; its pictures)
+FIGURES = {  # notebook in nbs/figures: (studies that it is drawn from, *: all; its pictures)
     "motivation": ("cifar10-momentum", ["motivation"]),
     "pipeline": ("", ["pipeline"]),
     "sphere": ("sphere", ["sphere", "sphere-pair"]),
@@ -39,8 +39,12 @@ FIGURES = {  # notebook in nbs/figures: (study that it is drawn from, *: all; it
     "alpha": ("cifar10-settings", ["cifar10-alpha", "cifar10-level"]),
     "start_epoch": ("cifar10-settings", ["cifar10-start-epoch"]),
     "epochs": ("cifar10-settings", ["cifar10-epochs"]),
-    "methods": ("cifar10-mixing", ["methods"]),
-    "discussion": ("cifar10-regime", ["cifar10-discussion"]),
+    "methods": ("cifar10-methods cifar10-transforms cifar10-rates", ["methods"]),
+    "discussion": ("cifar10-transforms", ["cifar10-discussion"]),
+    "auto": (
+        "cifar10-transforms cifar10-methods cifar10-auto",
+        ["cifar10-auto", "cifar10-auto-accuracy"],
+    ),
     "mixing": ("cifar10-mixing", ["cifar10-mixing-accuracy", "cifar10-mixing-scores"]),
     "regime": ("cifar10-regime", ["cifar10-regime", "cifar10-controls", "cifar10-collapse"]),
     "screening": ("cifar10-screening", ["cifar10-screening"]),
@@ -59,10 +63,10 @@ def pictures(names):
     return [f"figures/{name}.{ending}" for name in names for ending in ("png", "pdf")]
 
 
-def records(study):
+def records(studies):
     "The records that a figure is drawn from"
     # as absolute paths, which no rule makes: drawing never trains
-    files = Path("results").glob(f"{study}/*") if study else []
+    files = [p for study in studies.split() for p in Path("results").glob(f"{study}/*")]
     return sorted(str(p.resolve()) for p in files if p.suffix in (".json", ".parquet"))
 
 
@@ -83,12 +87,12 @@ rule runs:
     input: [f"{run}.{ending}" for run in RUNS for ending in ("json", "parquet")]
 
 
-for notebook, (study, names) in FIGURES.items():
+for notebook, (studies, names) in FIGURES.items():
     rule:
         name: f"figure_{notebook}"
         input:
             notebook=f"nbs/figures/{notebook}.ipynb",
-            records=records(study),
+            records=records(studies),
         output: pictures(names)
         log: f"runs/figures/{notebook}.ipynb"
         shell: "{PAPERMILL} {input.notebook} {log}"
