@@ -49,6 +49,7 @@ FIGURES = {  # notebook in nbs/figures: (studies that it is drawn from, *: all; 
     "regime": ("cifar10-regime", ["cifar10-regime", "cifar10-controls", "cifar10-collapse"]),
     "screening": ("cifar10-screening", ["cifar10-screening"]),
     "verdict": ("*", ["verdict"]),
+    "claims": ("*", ["claims"]),
 }
 RUNS = [
     f"results/{study}/{setting}-s{seed}"

@@ -20,6 +20,7 @@ from ftcl.scores import read_scores
 from ftcl.train import check_run, pretrain
 from ftcl.transform import FeatureTransform
 
+# rates and views under which each method learns something of these very images: no claim
 LR = dict(simsiam=0.2, byol=0.2, barlow=0.01)  # for batches of 64, and 90 steps
 SMOKE = dict(n_images=384, holdout=256, size=16, batch_size=64, epochs=15, dim=32)
 SMOKE |= dict(view_strength=0.5, precision="fp32", progress=False, readouts="knn_backbone")
