@@ -14,11 +14,11 @@ from ..encoder import Encoder, ema_update
 from ..method import Method, MoCo, Step, join, join_contrasts, predictor, slow_copy
 from ..transform import FeatureTransform
 
-# %% ../../nbs/methods/moco_v3.ipynb #3608bf0c
+# %% ../../nbs/methods/moco_v3.ipynb #f990477a
 class MoCoV3(Method, name="moco_v3"):
     "A predicted query against the slow encoder's keys of the batch (arXiv 2104.02057)"
     head = "mlp_bn"
-    recipe = Method.recipe | dict(tau=0.2)
+    recipe = Method.recipe | dict(lr=0.12, tau=0.2)  # for a batch of 256
     unused = dict(symmetric=False)
     encode_keys = MoCo.encode_keys
 
