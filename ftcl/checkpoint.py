@@ -169,7 +169,7 @@ def read_history(
         "remove the checkpoint to begin anew."
     )
 
-# %% ../nbs/12_checkpoint.ipynb #308ee2a0
+# %% ../nbs/12_checkpoint.ipynb #c2282ce8
 CHECKPOINT = {"format": "ftcl-checkpoint", "schema": "2"}
 NOTE = {  # What a run's note holds
     "params", "step", "seconds", "n_train", "images_sum", "weights_sum", "made_with", "columns",
@@ -243,6 +243,8 @@ def as_bytes(
         weights_sum=s.weights_sum,
         made_with=s.made_with,
         columns=s.recorder.columns,
+        negatives=None if s.recorder.negatives is None else float(s.recorder.negatives),
+        warned=s.recorder.warned,
         epoch_columns=epoch_columns,
         loss_sum=s.loss_sum,
         loss_count=s.loss_count,
@@ -414,7 +416,7 @@ def load_state(
         why = str(e).splitlines()[-1].strip()[:300].rstrip(" .")
         raise InputError(f"the checkpoint {path} does not fit its own parameters: {why}.") from None
 
-# %% ../nbs/12_checkpoint.ipynb #0b9dabc7
+# %% ../nbs/12_checkpoint.ipynb #6df088d1
 def load_momentum(
     optimizer: torch.optim.Optimizer,  # Filled in place
     tensors: dict,  # Of a checkpoint
@@ -467,7 +469,8 @@ def load_checkpoint(
     if note["step"]:
         load_momentum(s.optimizer, tensors, path)
     device = s.accelerator.device
-    s.recorder.restore(note["columns"], rows, device)
+    said = (note.get("negatives"), note.get("warned", False))  # early checkpoints have neither
+    s.recorder.restore(note["columns"], rows, device, *said)
     s.losses = list(tensors["losses"].to(device))
     for name in ("step", "seconds", "loss_sum", "loss_count"):
         setattr(s, name, note[name])

@@ -51,7 +51,7 @@ def _entries(
         f"tensors loss, pos (B,) and neg (B, K), and may add {', '.join(_OPTIONAL)}.{hint}"
     )
 
-# %% ../nbs/16_lightning.ipynb #569296b1
+# %% ../nbs/16_lightning.ipynb #20f4ce2e
 class ScoreCallback(Callback):
     "Records the scores that `training_step` returns, draws them meanwhile, writes one Parquet file"
     def __init__(self,
@@ -133,7 +133,9 @@ class ScoreCallback(Callback):
         self.resumed = False
         self.dry = bool(trainer.fast_dev_run)
         self._on_first(trainer, self._take_path)
-        self._restore(self.step, self.recorder.columns, self.recorder.table(), pl_module.device)
+        kept = self.recorder
+        rows, said = kept.table(), (kept.negatives, kept.warned)
+        self._restore(self.step, kept.columns, rows, pl_module.device, *said)
         if self.live and trainer.is_global_zero:
             self.curves = LiveScores(self.recorder, self.path.stem)
 
@@ -190,7 +192,11 @@ class ScoreCallback(Callback):
         "What a checkpoint keeps"
         columns = self.recorder.columns
         taus = [self.recorder.tau, self.recorder.tau_pos]
-        return dict(step=self.step, columns=columns, table=self.recorder.table(), taus=taus)
+        negatives = self.recorder.negatives
+        return dict(
+            step=self.step, columns=columns, table=self.recorder.table(), taus=taus,
+            negatives=None if negatives is None else float(negatives), warned=self.recorder.warned,
+        )
 
     def load_state_dict(self, state):
         "Go on with the record of a checkpoint; raises `InputError` if there is none in it"
@@ -201,12 +207,14 @@ class ScoreCallback(Callback):
                 f"{state['taus']}: give the same."
             )
         try:
-            self._restore(whole("step", state["step"], 0), state["columns"], state["table"].cpu())
+            step, rows = whole("step", state["step"], 0), state["table"].cpu()
+            said = (state.get("negatives"), state.get("warned", False))  # early ones have neither
+            self._restore(step, state["columns"], rows, "cpu", *said)
         except (KeyError, TypeError, AttributeError, InputError):
             raise InputError("the checkpoint holds no record of scores to go on with.") from None
         self.resumed = True
 
-    def _restore(self, step, columns, table, device="cpu"):
+    def _restore(self, step, columns, table, device="cpu", negatives=None, warned=False):
         "Take over a record"
-        self.recorder.restore(columns, table, device)
+        self.recorder.restore(columns, table, device, negatives, warned)
         self.step = step

@@ -50,7 +50,7 @@ NO_SOFTMAX = dict(  # parameters that a loss without negatives makes no use of, 
     symmetric=False, tau_pos=0.0, neg_query="transformed", hardness=0.0, false_share=0.0
 )
 
-# %% ../nbs/09_method.ipynb #a7930fda
+# %% ../nbs/09_method.ipynb #ca1a947f
 OWN = -1  # a parameter's value that stands for the method's own, in `recipe`
 
 class Rate(NamedTuple):
@@ -104,7 +104,7 @@ class Method(nn.Module):
                     "none: take one of a pair (pos, pos_arc, pos_in), or none."
                 )
         for name, off in cls.unused.items():
-            if name in p and p[name] != off:
+            if name in p and p[name] not in (off, cls.recipe.get(name, off)):
                 raise InputError(
                     f"{name} is {shown(p[name])}, but {method} makes no use of it: leave it "
                     f"at {off!r}."
@@ -223,7 +223,7 @@ def _check_kind(name, value, kind):
     if not isinstance(value, kind):
         raise InputError(f"{name} is {shown(value)}, but must be a {kind.__name__}.")
 
-# %% ../nbs/09_method.ipynb #22f41d81
+# %% ../nbs/09_method.ipynb #666fbab0
 def join(
     parts: list,  # Tensors, one for each direction
 ) -> Tensor:
@@ -241,11 +241,19 @@ def join_contrasts(
         return first
     before = None
     if first.before is not None:
-        before = tuple(torch.cat(both) for both in zip(*(part.before for part in parts)))
+        pos, neg = zip(*(part.before for part in parts))
+        before = (torch.cat(pos), _one_width(neg))
     drawn = {name: torch.stack([part.drawn[name] for part in parts]).mean() for name in first.drawn}
     pos = torch.cat([part.pos for part in parts])  # (2B,)
-    neg = torch.cat([part.neg for part in parts])  # (2B, K)
-    return Contrast(pos, neg, before, drawn)
+    return Contrast(pos, _one_width([part.neg for part in parts]), before, drawn)
+
+def _one_width(parts):
+    "Scores of all directions, (2B, K); a direction with fewer negatives gets masked ones beside"
+    widest = max(part.shape[1] for part in parts)
+    missing = [widest - part.shape[1] for part in parts]
+    if any(missing):
+        parts = [F.pad(part, (0, n), value=-torch.inf) for part, n in zip(parts, missing)]
+    return torch.cat(parts)
 
 def _check_parts(parts, kind):
     "Raise `InputError` unless these are one or more of a kind"

@@ -320,7 +320,7 @@ def scores_path(
         raise InputError(f"{path} {problem}") from None
     return path
 
-# %% ../nbs/05_scores.ipynb #c107dc32
+# %% ../nbs/05_scores.ipynb #c514c447
 class ScoreRecorder:
     "Statistics of the scores of every recorded step; the K scores themselves are never stored"
     def __init__(self,
@@ -338,16 +338,16 @@ class ScoreRecorder:
         self.columns = []  # names of what a row holds
         self.rows = []  # (columns,) float64 a step, on the device of the scores
         self.last = -1  # the step of the last row
-        self.counted = None  # negatives (scalar tensor) and queries of the last step
+        self.negatives = None  # K, a scalar tensor or a number, as the last step counted them
         self.warned = False  # whether `warn_once` has spoken
 
     def _of_scores(self, pos, neg, soft_max=None):
-        "All columns that scores alone decide, and how many negatives and queries there are"
-        row, *counted = score_statistics(pos, neg, self.limit, self.gather, with_count=True)
+        "All columns that scores alone decide, and how many negatives a query has"
+        row, count, n = score_statistics(pos, neg, self.limit, self.gather, with_count=True)
         if self.tau is not None:
             taus = (self.tau, self.tau_pos)
-            row |= softmax_statistics(pos, neg, *taus, soft_max, self.gather, counted[0])
-        return row, counted
+            row |= softmax_statistics(pos, neg, *taus, soft_max, self.gather, count)
+        return row, count / n
 
     def record(self,
         step: int,  # From 0
@@ -361,15 +361,15 @@ class ScoreRecorder:
         "Add one step, whose values stay on the device; raises `InputError` for what does not fit"
         _check_step(step, self.last)
         _check_given(pos, neg, before, soft_max, features)
-        row, counted = self._of_scores(pos, neg, soft_max)
+        row, negatives = self._of_scores(pos, neg, soft_max)
         if before is not None:
             same = before[0] is pos and before[1] is neg  # then nothing is measured twice
-            then = row if same else self._of_scores(*before)[0]
+            then, negatives = (row, negatives) if same else self._of_scores(*before)
             row = row | {f"before_{c}": v for c, v in then.items()}
         if features is not None:
             row = row | feature_statistics(*features, self.gather)
         self._append(step, more, row, pos.device)
-        self.counted = counted
+        self.negatives = negatives
 
     def _append(self, step, more, row, device):
         "Add a row, if it has the columns of the rows before it"
@@ -382,7 +382,9 @@ class ScoreRecorder:
         if odd := set(row) ^ set(columns):
             problem = f"differs from the steps before it in {', '.join(sorted(odd))}"
             raise InputError(f"step {step} {problem}: record the same columns at every step.")
-        self.rows.append(torch.stack([_scalar(c, row[c], device) for c in columns]))  # (columns,)
+        values = torch.stack([_scalar(c, row[c], device) for c in columns])  # (columns,)
+        # one kind of NaN: files keep no other, and sums of bytes tell them apart
+        self.rows.append(values.nan_to_num(nan=math.nan, posinf=math.inf, neginf=-math.inf))
         self.columns = columns
         self.last = int(step)
 
@@ -402,8 +404,9 @@ class ScoreRecorder:
         frame = pd.DataFrame(self.table(last).numpy(), columns=self.columns)
         if self.tau is not None and self.is_info_nce:
             frame.attrs["tau"] = self.tau_pos or self.tau
-            if self.counted and self.tau_pos is None:  # else a guess is not log(K + 1)
-                frame.attrs["negatives"] = round(self.counted[0].item() / self.counted[1])
+            k = 0 if self.negatives is None else round(float(self.negatives))
+            if k > 0 and self.tau_pos is None:  # else a guess is not log(K + 1)
+                frame.attrs["negatives"] = k
         return frame.astype({"step": int}) if len(frame) else frame
 
     def verdict(self):  # Verdict
@@ -427,6 +430,8 @@ class ScoreRecorder:
         columns: list,  # Names of what a row holds, as `columns` was
         table: Tensor,  # (steps, columns) float64 on the CPU, as `table` gave it
         device: torch.device = "cpu",  # Of the scores to come
+        negatives: float | None = None,  # K, as `negatives` was; None: unknown
+        warned: bool = False,  # Whether `warn_once` has spoken
     ):
         "Go on with the rows of an earlier part of the run; raises `InputError` for what is none"
         named = isinstance(columns, list | tuple) and all(isinstance(c, str) for c in columns)
@@ -438,6 +443,8 @@ class ScoreRecorder:
         self.columns = list(columns)
         self.rows = list(table.to(device))
         self.last = int(table[-1, columns.index("step")]) if len(table) else -1
+        self.negatives = negatives
+        self.warned = warned
 
     def save(self,
         path: str,  # As in `scores_path`; written under another name first

@@ -6,12 +6,12 @@
 __all__ = ['COMMON', 'BIT', 'PLATEAU', 'LEFT', 'NEAR', 'JUMP', 'LOOKS', 'Verdict', 'jumps', 'before_prefix', 'verdict',
            'verdict_line', 'variance_ratio']
 
-# %% ../nbs/05b_verdict.ipynb #8f96ff18
+# %% ../nbs/05b_verdict.ipynb #c6e67dc5
 import math
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
-from .core import InputError, positive
+from .core import InputError, is_number, positive
 from .scores import WINDOW, require_columns
 
 # %% ../nbs/05b_verdict.ipynb #204a28c2
@@ -50,7 +50,7 @@ def jumps(
     off = means[1:-1] - (means[2:] + means[:-2]) / 2  # (steps - 2,)
     return float(np.sqrt(np.mean(off**2) / 1.5 / np.mean(variances)))
 
-# %% ../nbs/05b_verdict.ipynb #ca263453
+# %% ../nbs/05b_verdict.ipynb #c219c959
 def before_prefix(
     frame: pd.DataFrame,  # A record of scores
 ) -> str:  # `before_`, or empty where no scores before a transformation were recorded
@@ -67,7 +67,7 @@ def _loss_column(
     if same and "loss" in frame:
         return "loss", float(frame["loss"].mean())
     weight = f"{prefix}pos_weight"
-    if weight in frame and frame[weight].mean() > 0:
+    if weight in frame and frame[weight].mean() > 0:  # NaN is not
         return weight, -math.log(frame[weight].mean())
     return "", math.nan
 
@@ -76,11 +76,13 @@ def _known(
     given: float | None,  # By the caller
     frame: pd.DataFrame,  # A record of scores
 ) -> float | None:  # None: neither given nor recorded
-    "A number beside the table; raises `InputError` unless it is above 0"
-    value = frame.attrs.get(name) if given is None else given
-    return None if value is None else float(positive(name, value))
+    "A number beside the table; raises `InputError` for one that is given and not above 0"
+    if given is not None:
+        return float(positive(name, given))
+    value = frame.attrs.get(name)
+    return float(value) if is_number(value) and 0 < value < math.inf else None
 
-# %% ../nbs/05b_verdict.ipynb #a1354f6a
+# %% ../nbs/05b_verdict.ipynb #618aa149
 class _Last(NamedTuple):
     "What a look is given"
     frame: pd.DataFrame  # the last steps of a record
@@ -101,15 +103,15 @@ def _one_direction(last):
     value = float(last.frame[column].mean())
     pairs = last.frame[f"{last.prefix}pos_mean"].mean()
     rank = last.frame["effective_rank"].mean() if "effective_rank" in last.frame else math.nan
-    measured = "" if math.isnan(rank) else f" (measured: {rank:.1f})"
-    reason = f"different images score {value:.3g} ({column}), pairs {pairs:.3g}, so the features "
-    reason += f"fill at most {1 / max(value, 1e-9)**2:.1f} dimensions{measured}"
+    filled = f"at most {1 / max(value, 1e-9)**2:.1f}" if math.isnan(rank) else f"{rank:.1f}"
+    reason = f"different images score {value:.3g} ({column}), pairs {pairs:.3g}, and the features "
+    reason += f"fill {filled} dimensions"
     return _Found(value > COMMON, column, value, reason)
 
 def _plateau(last):
     "Whether the loss is that of a guess"
     column, value = _loss_column(last.frame)
-    if last.negatives is None or not column:
+    if last.negatives is None or not math.isfinite(value):
         return None
     guess = math.log(last.negatives + 1)
     reason = f"the loss is {value:.3g} nats ({column}), and a guess has {guess:.3g}"
@@ -145,10 +147,12 @@ LOOKS = {  # Word: what looks for it; None where it cannot look
     "falling apart": _falling_apart,
 }
 
-# %% ../nbs/05b_verdict.ipynb #490ced07
+# %% ../nbs/05b_verdict.ipynb #f8dcb810
 def _not_finite(last):
     "The verdict on steps with a mean that is no number; None where all are finite"
-    for column in (f"{last.prefix}pos_mean", f"{last.prefix}neg_mean"):
+    for column in (f"{last.prefix}pos_mean", f"{last.prefix}neg_mean", "loss"):
+        if column not in last.frame:
+            continue
         bad = last.frame[~np.isfinite(last.frame[column].to_numpy())]
         if len(bad):
             value = float(bad[column].iloc[0])

@@ -16,6 +16,8 @@ from ftcl.core import InputError
 from ftcl.loss import scores
 from ftcl.scores import PATIENCE, WINDOW, ScoreRecorder, read_scores
 from ftcl.study import read_run
+from ftcl.train import pretrain
+from ftcl.transform import FeatureTransform
 from ftcl.verdict import COMMON, JUMP, LEFT, PLATEAU, jumps, variance_ratio, verdict, verdict_line
 from ftcl.visualize import plot_scores, run_page
 
@@ -209,3 +211,51 @@ def test_the_verdict_needs_no_picture_and_no_training():
     code = "import sys, ftcl.verdict; print({'matplotlib', 'ftcl.train'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert run.stdout == "set()\n", run.stderr
+
+
+def test_a_verdict_never_ends_a_run(tmp_path):
+    "With two images, mixing leaves some queries no negative"
+    p = dict(n_images=8, holdout=8, size=16, epochs=1, batch_size=2, method="moco_v3", mixing="neg")
+    p |= dict(seed=1, progress=False, precision="fp32", readouts="none", dim=8)
+    record = pretrain(**p, out=str(tmp_path), name="run")
+    assert record["verdict"]
+    assert read_scores(tmp_path / "run.parquet").attrs["negatives"] == 1  # before the mixing
+    assert pretrain(**p, out=str(tmp_path), name="run", resume=True) == record
+    recorder = ScoreRecorder(tau=0.2)
+    for step in range(200):
+        recorder.record(step, torch.full((4,), 0.5), torch.full((4, 6), -math.inf))
+    assert recorder.warn_once().startswith("diverged: neg_mean is nan")
+
+
+def test_a_guess_is_among_the_negatives_before_a_transformation():
+    torch.manual_seed(0)
+    q, k, keys = (F.normalize(torch.randn(n, 32), dim=1) for n in (16, 16, 256))
+    for mixing in ("pos", "neg", "mochi", "synco"):
+        recorder = ScoreRecorder(tau=0.2)
+        transform = FeatureTransform(mixing, append=mixing == "neg")
+        for step in range(60):
+            before = scores(q, k, keys)
+            recorder.record(step, *scores(*transform(q, k, keys)), before)
+        assert recorder.frame().attrs["negatives"] == 256
+        assert recorder.verdict().word == "plateau", mixing
+
+
+def test_a_resumed_run_says_what_a_whole_one_says(tmp_path):
+    "Although no step is recorded after it goes on"
+    p = dict(n_images=100, holdout=32, size=16, epochs=3, batch_size=32, method="moco_v3", lr=1e-6)
+    p |= dict(record_every=5, progress=False, precision="fp32", readouts="none", mixing="none")
+    whole = pretrain(**p, out=str(tmp_path), name="whole")
+    pretrain(**p, out=str(tmp_path), name="halves", stop_after=7)
+    halves = pretrain(**p, out=str(tmp_path), name="halves", resume=True)
+    assert whole["verdict"].startswith("plateau") and halves["verdict"] == whole["verdict"]
+    one, two = (read_scores(tmp_path / f"{name}.parquet") for name in ("whole", "halves"))
+    assert one.attrs == two.attrs
+
+
+def test_a_loss_that_is_no_number_is_said():
+    lost = table(loss=math.nan)
+    assert verdict(lost, 1024, 0.2).word == "diverged"
+    assert verdict(lost, 1024, 0.2).column == "loss"
+    unknown = table(before_pos_mean=0.6, before_neg_mean=0.1, before_pos_weight=math.nan)
+    unknown = unknown.assign(pos_mean=0.5)
+    assert "not looked for: plateau" in verdict(unknown, 1024, 0.2).sentence
