@@ -70,14 +70,15 @@ def reason(
     said = said or type(e).__name__
     return said if len(said) <= most else said[: most - 3] + "..."
 
-# %% ../nbs/00_core.ipynb #6cb82053
+# %% ../nbs/00_core.ipynb #4305c164
 def nearest(
     name: str,  # What was written
     allowed: list,  # What could have been meant
 ) -> str:  # ` Did you mean 'x'?`, or nothing if no name is near
-    "A hint for a misspelt name"
-    near = get_close_matches(str(name), [str(o) for o in allowed], 1)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    "A hint for a misspelt name; large and small letters are alike to it"
+    by_lower = {str(o).lower(): str(o) for o in allowed}
+    near = get_close_matches(str(name).lower(), by_lower, 1)
+    return f" Did you mean {by_lower[near[0]]!r}?" if near else ""
 
 # %% ../nbs/00_core.ipynb #679021c6
 def one_of(

@@ -50,7 +50,7 @@ NO_SOFTMAX = dict(  # parameters that a loss without negatives makes no use of, 
     symmetric=False, tau_pos=0.0, neg_query="transformed", hardness=0.0, false_share=0.0
 )
 
-# %% ../nbs/09_method.ipynb #ca1a947f
+# %% ../nbs/09_method.ipynb #778cd303
 OWN = -1  # a parameter's value that stands for the method's own, in `recipe`
 
 class Rate(NamedTuple):
@@ -122,7 +122,7 @@ class Method(nn.Module):
 
     @property
     def progress(self) -> float | None:
-        "Share of the run that is over, from 0 to 1; None: unknown. The transformation knows it, too"
+        "Share of the run that is over, 0 to 1; None: unknown. The transformation knows it, too"
         return self.transform.progress
 
     @progress.setter

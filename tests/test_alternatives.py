@@ -320,7 +320,7 @@ def test_the_gradient_on_the_arc_is_right(vectors):
 
 @pytest.mark.parametrize("name", ARCS)
 def test_an_arc_has_one_angle(name):
-    with pytest.raises(InputError, match="level is 'dimension', but Arc.* knows only feature and"):
+    with pytest.raises(InputError, match=f"level is 'dimension', but {name} knows only feature"):
         FeatureTransform(name, "dimension")
 
 

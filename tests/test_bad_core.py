@@ -1,9 +1,12 @@
 "Odd arguments of transformation, loss, encoder, queue and method: a right result or one sentence"
 
 import math
+import pickle
 import random
 import warnings
+from copy import deepcopy
 from fractions import Fraction
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -11,15 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ftcl.core import InputError, Processes, check_shapes, positive
+from ftcl.core import InputError, Processes, check_shapes, nearest, positive
 from ftcl.encoder import Encoder, SplitBN, backbone, ema_update, projection, small_resnet, split_bn
 from ftcl.loss import in_batch, info_nce, positive_logit, scores, streamed_info_nce
 from ftcl.method import Contrast, Method, MoCo, augmentation_of, build_method, join
 from ftcl.method import join_contrasts, slow_copy, vectors_of
+from ftcl.methods.barlow import barlow_loss, cross_correlations
+from ftcl.methods.infomin import orders
+from ftcl.methods.swav import swapped_loss
 from ftcl.queue import Queue
 from ftcl.transform import LEVELS, TRANSFORMS, FeatureTransform, Options, Transform
-from ftcl.transform import beta_parameter, check_memory, extrapolate, interpolate, mean_of
-from ftcl.transform import sample_beta, schedule, transform_names
+from ftcl.transform import Negatives, beta_parameter, check_memory, check_strength
+from ftcl.transform import extrapolate, interpolate, mean_of, sample_beta, schedule
+from ftcl.transform import transform_names
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -100,6 +107,10 @@ def gradients(pos, neg, tau):
     return loss, *(torch.autograd.grad(loss, leaves) if loss.requires_grad else ())
 
 
+def with_strength(strength, level):
+    return FeatureTransform("pos+neg_ex", level, strength=strength)(*VECTORS)
+
+
 def at_level(level):
     return lambda q, k, keys: shared("posneg", level=level)(q, k, keys)
 
@@ -122,6 +133,7 @@ PUBLIC = {  # name: function, arguments that are right
         FeatureTransform,
         ("posneg", "feature", "linear 1 2", 1.6, False, "auto", False, True, 0.5, generator()),
     ),
+    "FeatureTransform, strength": (with_strength, (0.5, "dimension")),
     "masked": (
         lambda q, k, keys, mask: scores(*shared("posneg", strength="auto")(q, k, keys, mask)),
         (*VECTORS, torch.zeros(B, K, dtype=torch.bool)),
@@ -157,6 +169,13 @@ PUBLIC = {  # name: function, arguments that are right
         (None, False, "original", "fp32"),
     ),
     "MoCo forward": (step, (views(), views(), True, True)),
+    "cross_correlations": (cross_correlations, VECTORS[:2]),
+    "barlow_loss": (barlow_loss, (torch.eye(D) + 0.1, 0.005)),
+    "swapped_loss": (
+        lambda a, b, code, tau: swapped_loss([a, b], [code], tau),
+        (unit(B, 5), unit(B, 5), unit(B, 5).softmax(1), 0.1),
+    ),
+    "orders": (orders, (3, generator(), "cpu")),
     "join": (join, ([POS],)),
     "join_contrasts": (join_contrasts, ([Contrast(POS, NEG)],)),
     "vectors_of": (vectors_of, (Encoder("small", dim=8), views())),
@@ -372,6 +391,205 @@ def test_empty_batches_and_queues_draw_nothing(level):
     made = transform(q[:0], k[:0], keys[:0])
     assert [tuple(x.shape) for x in made] == [(0, D)] * 3 and transform.drawn == {}
     assert torch.equal(transform.generator.get_state(), state)
+
+
+# a strength that is a tensor
+
+DIMENSIONS = torch.linspace(0, 1, D)
+TENSORS = [
+    (level, s)
+    for level in LEVELS
+    for s in (torch.tensor(0.5), torch.tensor(0.5, dtype=torch.float64), DIMENSIONS)
+    if level == "dimension" or s.ndim == 0
+]
+
+
+def of_strength(strength, level, mixing="pos+neg_ex", **options):
+    return shared(mixing, level=level, strength=strength, **options)
+
+
+@pytest.mark.parametrize("level, s", TENSORS)
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_a_tensor_is_a_strength_with_the_right_gradient(level, s, renormalize):
+    given = [x.double() for x in VECTORS]
+
+    def made(strength):
+        transform = of_strength(strength, level, renormalize=renormalize)
+        return transform(*given)
+
+    if s.ndim == 0:
+        for x, want in zip(made(s), made(0.5)):
+            torch.testing.assert_close(x, want)
+    leaf = nn.Parameter(s.double())
+    sum((x * x.flip(0).cos()).sum() for x in made(leaf)).backward()
+    with torch.no_grad():
+        for i in range(s.numel()):
+            if 0 < s.flatten()[i] < 1:
+                step = torch.zeros_like(s.double()).flatten()
+                step[i] = 1e-6
+                step = step.view(s.shape)
+                ends = [made(leaf.detach() + sign * step) for sign in (1, -1)]
+                values = [sum((x * x.flip(0).cos()).sum() for x in end) for end in ends]
+                slope = (values[0] - values[1]) / 2e-6
+                torch.testing.assert_close(leaf.grad.flatten()[i], slope, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("level, s", TENSORS)
+def test_a_strength_of_any_type_keeps_that_of_the_vectors(level, s, dtype):
+    for kind in (nn.Parameter, torch.Tensor.clone):
+        transform = of_strength(kind(s), level, "pos+pos_in+neg_ex")
+        assert {x.dtype for x in transform(*(v.to(dtype) for v in VECTORS))} == {dtype}
+
+
+def test_a_learned_strength_is_trained_saved_moved_and_copied():
+    transform = of_strength(nn.Parameter(torch.tensor(0.5)), "feature")
+    assert [name for name, _ in transform.named_parameters()] == ["strength_tensor"]
+    optimizer = torch.optim.SGD(transform.parameters(), 0.01)
+    info_nce(*scores(*transform(*VECTORS)), 0.1).backward()
+    twin = deepcopy(transform)  # after a call
+    optimizer.step()
+    moved = transform.strength_tensor.item()
+    assert moved != 0.5 and twin.strength_tensor.item() == 0.5
+    assert transform.state_dict().keys() == {"strength_tensor"}
+    twin.load_state_dict(transform.state_dict())
+    assert twin.strength_tensor.item() == moved
+    assert next(transform.to(torch.float64).parameters()).dtype == torch.float64
+    assert transform.to("meta").strength_tensor.is_meta
+    fixed = of_strength(torch.tensor(0.5), "feature")
+    assert not list(fixed.parameters()) and fixed.state_dict().keys() == {"strength_tensor"}
+    assert not shared("pos").state_dict()  # as it always was
+
+
+@pytest.mark.parametrize(
+    "strength, level, message",
+    [
+        (torch.ones(3), "feature", r"has the shape \(3,\), but must be a scalar, or \(D,\) at"),
+        (torch.ones(B, 1), "sample", r"has the shape \(4, 1\), but must be a scalar, or"),
+        (torch.ones(3), "dimension", r"has the shape \(3,\), but must be a scalar or \(8,\)"),
+        (torch.ones((), device="meta"), "sample", "is on meta and q on cpu: move the transf"),
+        (torch.ones(()).to_sparse(), "feature", "holds torch.float32 as torch.sparse_coo, but"),
+        (torch.tensor(1), "feature", "holds torch.int64 as torch.strided, but must be a plain"),
+        (torch.tensor(True), "feature", "holds torch.bool as"),
+        (torch.tensor(math.nan), "feature", r"is tensor\(nan\), but must hold numbers from 0 to 1"),
+        (torch.tensor(-3.0), "feature", r"is tensor\(-3.\), but must hold numbers from 0 to 1"),
+        (torch.tensor(9.0), "feature", r"is tensor\(9.\), but must hold numbers from 0 to 1"),
+        (torch.ones((), requires_grad=True), "feature", "wants a gradient, so it must be a torch"),
+    ],
+)
+def test_a_tensor_that_is_no_strength_is_named(strength, level, message):
+    with pytest.raises(InputError, match="^strength " + message):
+        of_strength(strength, level)(*VECTORS)
+
+
+# pickling
+
+
+@pytest.mark.parametrize("alpha", [2.0, "cosine 1 2"])
+@pytest.mark.parametrize("strength", [1.0, "linear 0 1", "auto", nn.Parameter(torch.tensor(0.5))])
+def test_a_transformation_can_be_pickled(strength, alpha):
+    def outcome(transform):
+        transform.generator = generator()
+        return transform(*VECTORS)
+
+    def saved(transform):
+        file = BytesIO()
+        torch.save(transform, file)
+        file.seek(0)
+        return torch.load(file, weights_only=False)
+
+    transform = FeatureTransform("posneg", strength=strength, alpha=alpha)
+    transform.progress = 0.3
+    for made in (transform, transform):  # before a call, and after one
+        copies = [pickle.loads(pickle.dumps(made)), saved(made)]
+        want = outcome(deepcopy(made))
+        for copy in copies:
+            for a, b in zip(outcome(copy), want):
+                assert torch.equal(a, b)
+        transform(*VECTORS)
+        info_nce(*scores(*transform(*VECTORS)), 0.1)
+
+
+# messages
+
+
+@pytest.mark.parametrize(
+    "written, near",
+    [
+        ("Auto", "auto"),
+        ("atuo", "auto"),
+        ("auto0.5", "auto"),
+        ("linaer 0 1", "linear"),
+        ("Cosine 0 1", "cosine"),
+    ],
+)
+def test_a_misspelt_strength_gets_the_nearest_word(written, near):
+    for f in (check_strength, lambda s: FeatureTransform(strength=s)):
+        with pytest.raises(InputError, match=f"a number, auto, or a .* Did you mean '{near}'"):
+            f(written)
+    with pytest.raises(InputError, match="a number, or a schedule of two") as e:
+        FeatureTransform(alpha="linear 1")
+    assert "auto" not in str(e.value) and "Did you mean" not in str(e.value)
+
+
+def test_large_letters_are_near_to_small_ones():
+    assert nearest("SimCLR", ["simclr", "swav"]) == " Did you mean 'simclr'?"
+    assert nearest("resnet18", ["ResNet18"]) == " Did you mean 'ResNet18'?"
+    with pytest.raises(InputError, match="Did you mean 'pos'"):
+        FeatureTransform("POS")
+    with pytest.raises(InputError, match="Did you mean 'moco_v2'"):
+        build_method(RUN | dict(method="MOCO_V2"), shared("none"))
+
+
+@pytest.mark.parametrize("wrong", [0, 2, -1.0, math.nan, None, "x", True])
+@pytest.mark.parametrize("strength", [1.0, "auto", "linear 0 1"])
+def test_neg_limit_is_always_looked_at(wrong, strength):
+    with pytest.raises(InputError, match="neg_limit is .* must be a number above 0 and at m") as e:
+        FeatureTransform(strength=strength, neg_limit=wrong)
+    assert "l_ex" not in str(e.value)
+
+
+def test_messages_call_a_transformation_as_users_do():
+    q, k, keys = VECTORS
+    with pytest.raises(InputError, match=r"^neg needs negatives .* give keys \(K, D\)"):
+        shared("neg")(q, k, unit(B, 3, D))
+    with pytest.raises(InputError, match="but neg_arc knows only feature and sample"):
+        shared("neg_arc", level="dimension")
+    with pytest.raises(InputError, match="^q holds torch.int32, but must hold floating-point"):
+        shared("pos")(q.int(), k, keys)
+
+
+def test_keys_that_share_the_memory_of_the_batch_need_a_mask():
+    q, k, _ = VECTORS
+    transform = shared("posneg")
+    for keys in (q, k, q[:], k.view(B, D), Negatives(q.detach())):
+        with pytest.raises(InputError, match="keys are the batch's own vectors"):
+            transform(q, k, keys)
+    own = torch.eye(B, dtype=torch.bool)
+    for keys, mask in ((q[:], own), (q[1:], None), (q.flip(0), None)):
+        transform(q, k, keys, mask)
+    square = unit(D, D)
+    transform(square, square.flip(0), square.T)  # the same memory, other vectors
+    transform(*(x.to("meta") for x in (q, k, k.clone())))
+    transform(q[:0], k[:0], q[:0])
+    grad = torch.func.grad(lambda q: (q @ transform(q, k, k.flip(0))[0].T).sum())(q)
+    assert grad.isfinite().all()
+
+
+def test_auto_rests_while_nothing_is_trained():
+    transform = shared("pos", strength="auto")
+    transform(*VECTORS)
+    before = {name: x.clone() for name, x in transform.state_dict().items()}
+    transform.eval()
+    for _ in range(3):
+        transform(VECTORS[0], VECTORS[0], VECTORS[2])
+        assert transform.drawn["strength"] == before["auto.strength"] > 0
+        assert transform.drawn["signal"] == before["auto.signal"]
+    for name, x in transform.state_dict().items():
+        assert torch.equal(x, before[name])
+    transform.train()
+    transform(*VECTORS)
+    assert transform.auto.strength > before["auto.strength"]
 
 
 def test_an_order_must_hold_every_key_once():

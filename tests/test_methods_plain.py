@@ -281,8 +281,21 @@ def test_what_has_no_place_is_refused(name):
             check_run(dict(method=name, mixing="pos"))
     else:
         check_run(dict(method=name, mixing="pos"))
-        with pytest.raises(InputError, match="but must be an Encoder"):
-            METHODS[name](torch.nn.Linear(2, 2), FeatureTransform("none"))
+    with pytest.raises(InputError, match="but must be an Encoder"):
+        METHODS[name](torch.nn.Linear(2, 2), FeatureTransform("none"))
+
+
+def test_what_is_no_correlation_is_one_sentence():
+    a, b = torch.randn(2, 8, 4)
+    for f, message in (
+        (lambda: barlow_loss([1]), "c is a list, but must be a tensor of shape .D, D."),
+        (lambda: barlow_loss(a), "c has the shape .8, 4., but must be .D, D."),
+        (lambda: barlow_loss(torch.eye(3), -1), "weight is -1, but must be a number above 0"),
+        (lambda: cross_correlations(a.long(), b.long()), "a holds torch.int64 as torch.strided"),
+        (lambda: cross_correlations(a, b.double()), "a is .* and b is .*: make them alike"),
+    ):
+        with pytest.raises(InputError, match=message):
+            f()
 
 
 @pytest.mark.parametrize("kind", [SimSiam, BYOL, BarlowTwins])

@@ -10,16 +10,18 @@ import torch
 import torch.nn.functional as F
 from lightly.loss import NTXentLoss, SwaVLoss
 
+import ftcl.methods.all
 import ftcl.methods.infomin
 import ftcl.methods.swav  # noqa: F401
 from ftcl.checkpoint import read_checkpoint
 from ftcl.core import InputError, seeded
 from ftcl.data import shapes
-from ftcl.method import build_method, transform_of
+from ftcl.method import METHODS, build_method, transform_of
 from ftcl.methods.infomin import InfoMin, orders
 from ftcl.methods.swav import SwAV, sinkhorn, swapped_loss
 from ftcl.scores import read_scores
 from ftcl.train import pretrain
+from ftcl.transform import FeatureTransform
 from ftcl.views import AUGMENTATIONS, Augmentation, augment, two_views, with_view_strength
 
 NAMES = ["infomin", "swav", "swav_multicrop"]
@@ -194,6 +196,60 @@ def test_swav_refuses_what_needs_negatives(tmp_path, name, mixing):
         pretrain(**RUN | dict(method=name, mixing=mixing), out=str(tmp_path))
     with pytest.raises(InputError, match="neg needs negatives"):
         SwAV(built(method=name).encoder, transform_of(parameters(mixing=mixing)), dim=16)
+
+
+# Every method
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_views_must_fit_each_other(name):
+    method = built(method=name)
+    views = torch.randn(8, 3, 16, 16)
+    for wrong, message in (
+        ((views, views[:4]), r"v2 has the shape \(4, 3, 16, 16\), but must be .* with B = 8"),
+        ((views, views[..., :8]), r"v2 has the shape \(8, 3, 16, 8\), but must be"),
+        (([1], views), "v1 is a list, but must be a tensor of shape"),
+        ((views.byte(), views.byte()), "images of type torch.uint8 must be normalised"),
+        ((views[:0], views[:0]), "has the shape .0, |of shape .0, "),
+    ):
+        with pytest.raises(InputError, match=message):
+            method(*wrong)
+
+
+@pytest.mark.parametrize("name", ["barlow", "byol", "simsiam", "swav", "swav_multicrop"])
+def test_a_transformation_that_is_set_later_is_looked_at_again(name):
+    method = built(method=name)
+    method.transform.mixing = "posneg"
+    with pytest.raises(InputError, match="mixing is 'posneg', but"):
+        method(*torch.randn(2, 8, 3, 16, 16))
+    method.transform.mixing = "none"
+    method(*torch.randn(2, 8, 3, 16, 16))
+
+
+class OnSphere(torch.nn.Module):
+    "An encoder without a weight"
+
+    def forward(self, x):
+        return F.normalize(x.flatten(1), dim=1)
+
+
+def test_swav_takes_an_encoder_without_weights():
+    method = SwAV(OnSphere(), FeatureTransform("none"), dim=12)
+    assert method(*torch.randn(2, 8, 3, 2, 2)).loss.isfinite()
+
+
+def test_wrong_arguments_of_parts_are_one_sentence():
+    for f, message in (
+        (lambda: orders(-1), "n is -1, but must be a whole number of at least 0"),
+        (lambda: orders(3, torch.Generator(), "cuda"), "the generator is on cpu, but must be on"),
+        (lambda: swapped_loss([], [], 0.1), "S has 0 views and codes 0, but must have 2 and 1"),
+        (
+            lambda: swapped_loss([drawn(4), drawn(3)], [drawn(4)], 0.1),
+            r"S\[1\] has the shape \(3, 128\), but must be \(B, P\) with B = 4",
+        ),
+    ):
+        with pytest.raises(InputError, match=message):
+            f()
 
 
 def test_orders_are_those_of_the_step_alone():

@@ -5,47 +5,49 @@
 # %% auto #0
 __all__ = ['cross_correlations', 'barlow_loss', 'BarlowTwins']
 
-# %% ../../nbs/methods/barlow.ipynb #620abd19
+# %% ../../nbs/methods/barlow.ipynb #1c2db913
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..core import InputError, check_shapes, positive
+from ..core import InputError, check_shapes, positive, shown
 from ..encoder import Encoder
 from ..loss import scores, temperature
 from ..method import NO_SOFTMAX, Method, Step
-from ..transform import FeatureTransform, transform_names
+from ..transform import FeatureTransform, check_alike, transform_names
 
-# %% ../../nbs/methods/barlow.ipynb #aae9097f
+# %% ../../nbs/methods/barlow.ipynb #f7398e05
 def cross_correlations(
     a: Tensor,  # (B, D) vectors of one view
     b: Tensor,  # (B, D) vectors of the other view
 ) -> Tensor:  # (D, D)
     "Correlation of each dimension of `a` with each of `b`; raises `InputError` for one image"
     check_shapes(a=(a, "BD"), b=(b, "BD"))
+    check_alike(a=a, b=b)
     if len(a) < 2:
         raise InputError(f"a has the shape {tuple(a.shape)}, but must hold 2 or more images.")
     a = F.batch_norm(a, None, None, training=True)  # (B, D) mean 0 and variance 1 over the batch
     b = F.batch_norm(b, None, None, training=True)
     return a.T @ b / len(a)
 
-# %% ../../nbs/methods/barlow.ipynb #81f3b4c7
+# %% ../../nbs/methods/barlow.ipynb #b05464e2
 def barlow_loss(
     c: Tensor,  # (D, D) cross-correlations
-    weight: float = 0.005,  # w, of what is off the diagonal
-) -> Tensor:  # Scalar
+    weight: float = 0.005,  # w, of what is off the diagonal; above 0
+) -> Tensor:  # Scalar; raises `InputError` for no square matrix
     "How far correlations are from 1 on the diagonal and from 0 elsewhere (arXiv 2103.03230)"
+    check_shapes(c=(c, "DD"))
     on = (1 - c.diagonal()).square().sum()
     off = c.square().sum() - c.diagonal().square().sum()
-    return on + weight * off
+    return on + float(positive("weight", weight)) * off
 
-# %% ../../nbs/methods/barlow.ipynb #6da9bd61
+# %% ../../nbs/methods/barlow.ipynb #2ce80a84
 class BarlowTwins(Method, name="barlow"):
     "Each dimension agrees with itself in the other view, and with no other (arXiv 2103.03230)"
     augmentation = "B"
     head = "mlp3_bn"
     recipe = dict(lr=0.12, weight_decay=5e-4, warmup_epochs=0, tau=0.1, momentum=0.0)
     has_negatives = False
-    unused = NO_SOFTMAX
+    unused = NO_SOFTMAX | dict(momentum=0.0)
 
     def __init__(self,
         encoder: Encoder,  # Of both views
@@ -55,6 +57,11 @@ class BarlowTwins(Method, name="barlow"):
         precision: str = "fp32",  # `bf16` or `fp32` inside the encoder
     ):
         super().__init__(encoder, transform, precision)
+        if not isinstance(encoder, Encoder):
+            raise InputError(
+                f"encoder is {shown(encoder)}, but must be an Encoder, since the loss takes "
+                "vectors before they have length 1: wrap it, Encoder(module)."
+            )
         self.check(dict(mixing=transform.mixing))
         self.weight = positive("weight", weight)
         self.tau = temperature("tau", tau)
@@ -87,7 +94,9 @@ class BarlowTwins(Method, name="barlow"):
         return torch.cat(parts)
 
     def forward(self, v1, v2, mix=True, look=True):
-        "Loss and scores of one batch"
+        "Loss and scores of one batch; raises `InputError` for views that do not fit"
+        check_shapes(v1=(v1, "BCHW"), v2=(v2, "BCHW"))
+        self.check(dict(mixing=self.transform.mixing))  # it may have been set since
         with torch.autocast(v1.device.type, torch.bfloat16, enabled=self.bf16):
             z = [self.encoder.before_sphere(v) for v in (v1, v2)]  # (b, D) each
         with torch.autocast(v1.device.type, enabled=False):

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['IMix']
 
-# %% ../../nbs/methods/imix.ipynb #d872d37c
+# %% ../../nbs/methods/imix.ipynb #282997f1
 import torch
 from torch import Tensor
-from ..core import check_shapes
+from ..core import InputError, check_shapes
 from ..method import MoCo, Step, join, vectors_of
 from ..transform import sample_beta
 
-# %% ../../nbs/methods/imix.ipynb #167095da
+# %% ../../nbs/methods/imix.ipynb #23a84108
 class IMix(MoCo, name="imix"):
     "MoCo v2 with the queries' views mixed, in the manner of i-Mix (arXiv 2010.08887)"
     def draw(self,
@@ -30,7 +30,9 @@ class IMix(MoCo, name="imix"):
         lam: Tensor,  # Share of an image itself
         partners: Tensor,  # (B,)
     ) -> Tensor:  # (b, 3, H, W)
-        "Each view, mixed with that of its partner"
+        "Each view, mixed with that of its partner; raises `InputError` for whole numbers"
+        if not v.is_floating_point():
+            raise InputError(f"images of type {v.dtype} must be normalised to be mixed.")
         others = self.processes.gather(v)[self.processes.part(partners)]  # (b, 3, H, W)
         return others.lerp(v, lam.to(v.dtype))
 

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['PATCHES', 'cut', 'orders', 'nothing_remembered', 'InfoMin']
 
-# %% ../../nbs/methods/infomin.ipynb #f000c36e
+# %% ../../nbs/methods/infomin.ipynb #65c0f2e4
 from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core import InputError, check_shapes, shown
+from ..core import InputError, check_shapes, shown, whole
 from ..encoder import Encoder
 from ..method import MoCo, Step, join, vectors_of
+from ..transform import check_generator, check_memory
 
 # %% ../../nbs/methods/infomin.ipynb #eb389296
 PATCHES = 9  # of a view: a grid of 3 by 3
@@ -31,13 +32,16 @@ def cut(
     rows = v.unfold(2, side, side).unfold(3, side, side)  # (B, 3, 3 down, 3 across, P, P)
     return rows.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)  # (B, 9, 3, P, P)
 
-# %% ../../nbs/methods/infomin.ipynb #0ce93c38
+# %% ../../nbs/methods/infomin.ipynb #2b501346
 def orders(
     n: int,  # Images
     generator: torch.Generator | None = None,  # On `device`
     device: torch.device | None = None,
 ) -> Tensor:  # (n, 9), int64
-    "A random order of the patches for each image"
+    "A random order of the patches for each image; raises `InputError` for a wrong argument"
+    whole("n", n, 0)
+    device = check_generator(generator, device)
+    check_memory(f"an order of {n} images", 16 * PATCHES * n, device)
     return torch.rand(n, PATCHES, generator=generator, device=device).argsort(1)
 
 # %% ../../nbs/methods/infomin.ipynb #43af710e
@@ -56,7 +60,7 @@ def nothing_remembered(
         for layer, momentum in zip(layers, momenta):
             layer.momentum = momentum
 
-# %% ../../nbs/methods/infomin.ipynb #75fbd196
+# %% ../../nbs/methods/infomin.ipynb #17ca72fb
 class InfoMin(MoCo, name="infomin"):
     "MoCo v2 with views that share less, and a jigsaw of each query (arXiv 2005.10243)"
     augmentation = "D"
@@ -88,7 +92,7 @@ class InfoMin(MoCo, name="infomin"):
         with nothing_remembered(self.encoder.backbone):
             h = self.encoder.backbone_features(patches.flatten(0, 1))  # (9 b, width)
         pieces = self.patch_head(h.to(self.patch_head.weight.dtype))  # (9 b, D)
-        z = self.jigsaw_head(pieces.view(len(v), -1))  # (b, D)
+        z = self.jigsaw_head(pieces.view(len(v), self.jigsaw_head.in_features))  # (b, D)
         return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
 
     def forward(self,

@@ -35,11 +35,11 @@ def gather_with_gradient(
     check_shapes(x=(x, "BD"))
     return _Gather.apply(x, processes) if processes.count > 1 else x
 
-# %% ../../nbs/methods/simclr.ipynb #461ad19a
+# %% ../../nbs/methods/simclr.ipynb #221f44bb
 class SimCLR(Method, name="simclr"):
     "Two views of a batch, each the other's key, all other vectors negatives (arXiv 2002.05709)"
     recipe = Method.recipe | dict(lr=0.12, tau=0.5)  # for a batch of 256
-    unused = dict(symmetric=False)
+    unused = dict(symmetric=False, momentum=0.0)
 
     def __init__(self,
         encoder: Encoder,  # Trained by the optimiser; it makes queries and keys

@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['SimSiam']
 
-# %% ../../nbs/methods/simsiam.ipynb #da4c1d2f
+# %% ../../nbs/methods/simsiam.ipynb #2586d5f1
 import torch
 import torch.nn.functional as F
+from ..core import check_shapes
 from ..encoder import Encoder
 from ..method import Predictive, Rate
 from ..transform import FeatureTransform
 
-# %% ../../nbs/methods/simsiam.ipynb #bc973716
+# %% ../../nbs/methods/simsiam.ipynb #fa065fac
 class SimSiam(Predictive, name="simsiam"):
     "One encoder and a predictor with a rate of its own (arXiv 2011.10566)"
     augmentation = "B"
     head = "mlp3_bn"
+    unused = Predictive.unused | dict(momentum=0.0)
     recipe = dict(lr=0.03, weight_decay=5e-4, warmup_epochs=0, tau=0.1, momentum=0.0)
 
     def __init__(self,
@@ -42,7 +44,9 @@ class SimSiam(Predictive, name="simsiam"):
         return -pos.mean()
 
     def forward(self, v1, v2, mix=True, look=True):
-        "Loss and scores of one batch, each view once predicted from the other"
+        "Loss and scores of one batch, each view predicted from the other; raises `InputError`"
+        check_shapes(v1=(v1, "BCHW"), v2=(v2, "BCHW"))
+        self.check(dict(mixing=self.transform.mixing))  # it may have been set since
         with torch.autocast(v1.device.type, torch.bfloat16, enabled=self.bf16):
             z = [self.encoder.before_sphere(v) for v in (v1, v2)]  # (b, D) each
             p = [self.predict(o) for o in z]  # (b, D) each

@@ -31,14 +31,19 @@ def sinkhorn(
         log_q = log_q - log_q.logsumexp(1, keepdim=True)  # over all prototypes
     return log_q.exp()
 
-# %% ../../nbs/methods/swav.ipynb #66b17d40
+# %% ../../nbs/methods/swav.ipynb #845bbd83
 def swapped_loss(
     S: list,  # (B, P) scores of each view, the two large ones first
     codes: list,  # (B, P) of each large view, without a gradient
     tau: float,  # Temperature
 ) -> Tensor:  # Scalar, in nats
-    "Every view predicts the codes of the large views but its own; raises `InputError` for tau"
+    "Every view predicts the codes of the large views but its own; raises `InputError`"
     tau = temperature("tau", tau)
+    views = {f"S[{i}]": (x, "BP") for i, x in enumerate(S)}
+    views |= {f"codes[{i}]": (x, "BP") for i, x in enumerate(codes)}
+    check_shapes(**views)
+    if len(S) < 2 or not codes:
+        raise InputError(f"S has {len(S)} views and codes {len(codes)}, but must have 2 and 1.")
     log_p = [(o / tau).log_softmax(1) for o in S]  # (B, P) each
     losses = []
     for i, code in enumerate(codes):
@@ -47,14 +52,14 @@ def swapped_loss(
                 losses.append(-(code * predicted).sum(1).mean())
     return torch.stack(losses).mean()
 
-# %% ../../nbs/methods/swav.ipynb #d35e83a1
+# %% ../../nbs/methods/swav.ipynb #b1f8a221
 class SwAV(Method, name="swav"):
     "Views that predict each other's codes of prototypes (arXiv 2006.09882)"
     augmentation = "B"
     head = "mlp_bn"
     recipe = dict(lr=0.06, weight_decay=5e-4, warmup_epochs=0, tau=0.1, momentum=0.0)
     has_negatives = False
-    unused = NO_SOFTMAX
+    unused = NO_SOFTMAX | dict(momentum=0.0)
 
     def __init__(self,
         encoder: Encoder,
@@ -73,7 +78,9 @@ class SwAV(Method, name="swav"):
         self.frozen = within("frozen", frozen, 0, 1)
         like = first_weight(encoder)
         start = torch.randn(whole("prototypes", prototypes, 2), whole("dim", dim, 1))
-        start = F.normalize(start.to(like.device, like.dtype), dim=1)
+        if like is not None:
+            start = start.to(like.device, like.dtype)
+        start = F.normalize(start, dim=1)
         self.prototypes = nn.Parameter(start)  # (P, D)
 
     @classmethod
@@ -116,6 +123,7 @@ class SwAV(Method, name="swav"):
     ) -> Step:  # Of 2B rows: each large view once first
         "Loss and scores of one batch; no weight changes before the optimiser's step"
         check_shapes(v1=(v1, "BCHW"), v2=(v2, "BCHW"))
+        self.check(dict(mixing=self.transform.mixing))  # it may have been set since
         with torch.autocast(v1.device.type, torch.bfloat16, enabled=self.bf16):
             z = join([vectors_of(self.encoder, v) for v in (v1, v2)])  # (2b, D)
             rest = [vectors_of(self.encoder, v) for v in small]  # (b, D) each
