@@ -50,7 +50,7 @@ NO_SOFTMAX = dict(  # parameters that a loss without negatives makes no use of, 
     symmetric=False, tau_pos=0.0, neg_query="transformed", hardness=0.0, false_share=0.0
 )
 
-# %% ../nbs/09_method.ipynb #778cd303
+# %% ../nbs/09_method.ipynb #674397c5
 OWN = -1  # a parameter's value that stands for the method's own, in `recipe`
 
 class Rate(NamedTuple):
@@ -170,6 +170,21 @@ class Method(nn.Module):
         q_neg = q if self.neg_query == "original" else None
         after = scores(*self.transform(q, k, keys), q_neg=q_neg)
         return Contrast(*after, before, self.transform.drawn)
+
+    def check_views(self,
+        v1: Tensor,  # (B, 3, H, W)
+        v2: Tensor,  # (B, 3, H, W)
+    ):
+        "Raise `InputError` unless these are as many views, where the encoder is"
+        check_shapes(v1=(v1, "BCHW"), v2=(v2, "BCHW"))
+        weight = first_weight(self.encoder)
+        device = v1.device if weight is None else weight.device
+        kinds = {v1.device.type, v2.device.type, device.type}
+        if len(kinds) > 1 or "meta" in kinds:
+            raise InputError(
+                f"v1 is on {v1.device}, v2 on {v2.device} and the encoder on {device}, "
+                "but all must be on one device that computes."
+            )
 
     def set_softmax(self,
         tau: float,  # Temperature
@@ -300,7 +315,7 @@ def _own_parts(encoder):
     parts = getattr(encoder, "bn_splits", None)
     return batch_parts(encoder) if parts is None else whole("bn_splits", parts, 1)
 
-# %% ../nbs/09_method.ipynb #7bee9c45
+# %% ../nbs/09_method.ipynb #785d8a57
 class MoCo(Method):
     "Momentum contrast: queries against the keys of a slower encoder and a queue of earlier ones"
     def __init__(self,
@@ -400,15 +415,7 @@ class MoCo(Method):
         look: bool = True,  # Whether to score the vectors before it, too
     ) -> Step:
         "Loss and scores of one batch; no weight and no key changes before `update`"
-        check_shapes(v1=(v1, "BCHW"), v2=(v2, "BCHW"))
-        weight = first_weight(self.encoder)
-        device = v1.device if weight is None else weight.device
-        kinds = {v1.device.type, v2.device.type, device.type}
-        if len(kinds) > 1 or "meta" in kinds:
-            raise InputError(
-                f"v1 is on {v1.device}, v2 on {v2.device} and the encoder on {device}, "
-                "but all must be on one device that computes."
-            )
+        self.check_views(v1, v2)
         query_views = [v1, v2] if self.symmetric else [v1]
         key_views = [v2, v1] if self.symmetric else [v2]
         with torch.autocast(v1.device.type, torch.bfloat16, enabled=self.bf16):

@@ -211,6 +211,7 @@ def test_views_must_fit_each_other(name):
         (([1], views), "v1 is a list, but must be a tensor of shape"),
         ((views.byte(), views.byte()), "images of type torch.uint8 must be normalised"),
         ((views[:0], views[:0]), "has the shape .0, |of shape .0, "),
+        ((views.to("meta"), views.to("meta")), "v1 is on meta, v2 on meta and the encoder on cpu"),
     ):
         with pytest.raises(InputError, match=message):
             method(*wrong)

@@ -40,7 +40,7 @@ def barlow_loss(
     off = c.square().sum() - c.diagonal().square().sum()
     return on + float(positive("weight", weight)) * off
 
-# %% ../../nbs/methods/barlow.ipynb #2ce80a84
+# %% ../../nbs/methods/barlow.ipynb #52b75e39
 class BarlowTwins(Method, name="barlow"):
     "Each dimension agrees with itself in the other view, and with no other (arXiv 2103.03230)"
     augmentation = "B"
@@ -95,7 +95,7 @@ class BarlowTwins(Method, name="barlow"):
 
     def forward(self, v1, v2, mix=True, look=True):
         "Loss and scores of one batch; raises `InputError` for views that do not fit"
-        check_shapes(v1=(v1, "BCHW"), v2=(v2, "BCHW"))
+        self.check_views(v1, v2)
         self.check(dict(mixing=self.transform.mixing))  # it may have been set since
         with torch.autocast(v1.device.type, torch.bfloat16, enabled=self.bf16):
             z = [self.encoder.before_sphere(v) for v in (v1, v2)]  # (b, D) each

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['BYOL']
 
-# %% ../../nbs/methods/byol.ipynb #57f990a6
+# %% ../../nbs/methods/byol.ipynb #1b7dd0e6
 import torch
 import torch.nn.functional as F
-from ..core import check_shapes, within
+from ..core import within
 from ..encoder import Encoder, ema_update
 from ..method import Predictive, slow_copy
 from ..transform import CURVES, FeatureTransform
 
-# %% ../../nbs/methods/byol.ipynb #65b8b3b8
+# %% ../../nbs/methods/byol.ipynb #e11ca2e8
 class BYOL(Predictive, name="byol"):
     "A predictor guesses what a slow encoder makes of the other view (arXiv 2006.07733)"
     augmentation = "B"
@@ -47,7 +47,7 @@ class BYOL(Predictive, name="byol"):
 
     def forward(self, v1, v2, mix=True, look=True):
         "Loss and scores of one batch, each view predicted from the other; raises `InputError`"
-        check_shapes(v1=(v1, "BCHW"), v2=(v2, "BCHW"))
+        self.check_views(v1, v2)
         self.check(dict(mixing=self.transform.mixing))  # it may have been set since
         with torch.autocast(v1.device.type, torch.bfloat16, enabled=self.bf16):
             p = [self.predict(self.encoder.before_sphere(v)) for v in (v1, v2)]  # (b, D) each

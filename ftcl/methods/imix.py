@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['IMix']
 
-# %% ../../nbs/methods/imix.ipynb #282997f1
+# %% ../../nbs/methods/imix.ipynb #744cbf98
 import torch
 from torch import Tensor
-from ..core import InputError, check_shapes
+from ..core import InputError
 from ..method import MoCo, Step, join, vectors_of
 from ..transform import sample_beta
 
-# %% ../../nbs/methods/imix.ipynb #23a84108
+# %% ../../nbs/methods/imix.ipynb #ae8d2126
 class IMix(MoCo, name="imix"):
     "MoCo v2 with the queries' views mixed, in the manner of i-Mix (arXiv 2010.08887)"
     def draw(self,
@@ -43,7 +43,7 @@ class IMix(MoCo, name="imix"):
         look: bool = True,  # Whether to score the vectors before it, too
     ) -> Step:
         "Loss, and scores with the images' own keys; no weight and no key changes before `update`"
-        check_shapes(v1=(v1, "BCHW"), v2=(v2, "BCHW"))
+        self.check_views(v1, v2)
         lam, partners = self.draw(v1)
         part = self.processes.part
         query_views = [v1, v2] if self.symmetric else [v1]

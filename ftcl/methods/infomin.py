@@ -60,7 +60,7 @@ def nothing_remembered(
         for layer, momentum in zip(layers, momenta):
             layer.momentum = momentum
 
-# %% ../../nbs/methods/infomin.ipynb #17ca72fb
+# %% ../../nbs/methods/infomin.ipynb #1b373420
 class InfoMin(MoCo, name="infomin"):
     "MoCo v2 with views that share less, and a jigsaw of each query (arXiv 2005.10243)"
     augmentation = "D"
@@ -102,7 +102,7 @@ class InfoMin(MoCo, name="infomin"):
         look: bool = True,  # Whether to score the vectors before it, too
     ) -> Step:  # Of 2B rows: whole views, then jigsaws
         "Loss and scores of one batch; no weight and no key changes before `update`"
-        check_shapes(v1=(v1, "BCHW"), v2=(v2, "BCHW"))
+        self.check_views(v1, v2)
         query_views = [v1, v2] if self.symmetric else [v1]
         key_views = [v2, v1] if self.symmetric else [v2]
         with torch.autocast(v1.device.type, torch.bfloat16, enabled=self.bf16):

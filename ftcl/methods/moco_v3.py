@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['MoCoV3']
 
-# %% ../../nbs/methods/moco_v3.ipynb #a5bafbf1
+# %% ../../nbs/methods/moco_v3.ipynb #ee65ceff
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..core import check_shapes, within
+from ..core import within
 from ..encoder import Encoder, ema_update
 from ..method import Method, MoCo, Step, join, join_contrasts, predictor, slow_copy
 from ..transform import FeatureTransform
 
-# %% ../../nbs/methods/moco_v3.ipynb #f990477a
+# %% ../../nbs/methods/moco_v3.ipynb #22164afe
 class MoCoV3(Method, name="moco_v3"):
     "A predicted query against the slow encoder's keys of the batch (arXiv 2104.02057)"
     head = "mlp_bn"
@@ -65,7 +65,7 @@ class MoCoV3(Method, name="moco_v3"):
         look: bool = True,  # Whether to score the vectors before it, too
     ) -> Step:
         "Loss and scores of both directions, 2B rows; no weight changes before `update`"
-        check_shapes(v1=(v1, "BCHW"), v2=(v2, "BCHW"))
+        self.check_views(v1, v2)
         with torch.autocast(v1.device.type, torch.bfloat16, enabled=self.bf16):
             q = join([self.predict(v) for v in (v1, v2)])  # (2b, D)
             with torch.no_grad():

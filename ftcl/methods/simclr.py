@@ -35,7 +35,7 @@ def gather_with_gradient(
     check_shapes(x=(x, "BD"))
     return _Gather.apply(x, processes) if processes.count > 1 else x
 
-# %% ../../nbs/methods/simclr.ipynb #221f44bb
+# %% ../../nbs/methods/simclr.ipynb #cfad12b4
 class SimCLR(Method, name="simclr"):
     "Two views of a batch, each the other's key, all other vectors negatives (arXiv 2002.05709)"
     recipe = Method.recipe | dict(lr=0.12, tau=0.5)  # for a batch of 256
@@ -84,7 +84,7 @@ class SimCLR(Method, name="simclr"):
         look: bool = True,  # Whether to score the vectors before it, too
     ) -> Step:
         "Loss and scores of both directions, 2B rows; raises `InputError` for a single image"
-        check_shapes(v1=(v1, "BCHW"), v2=(v2, "BCHW"))
+        self.check_views(v1, v2)
         with torch.autocast(v1.device.type, torch.bfloat16, enabled=self.bf16):
             q = join([vectors_of(self.encoder, v) for v in (v1, v2)])  # (2B, D)
         with torch.autocast(v1.device.type, enabled=False):

@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['SimSiam']
 
-# %% ../../nbs/methods/simsiam.ipynb #2586d5f1
+# %% ../../nbs/methods/simsiam.ipynb #da4c1d2f
 import torch
 import torch.nn.functional as F
-from ..core import check_shapes
 from ..encoder import Encoder
 from ..method import Predictive, Rate
 from ..transform import FeatureTransform
 
-# %% ../../nbs/methods/simsiam.ipynb #fa065fac
+# %% ../../nbs/methods/simsiam.ipynb #f64ee72a
 class SimSiam(Predictive, name="simsiam"):
     "One encoder and a predictor with a rate of its own (arXiv 2011.10566)"
     augmentation = "B"
@@ -45,7 +44,7 @@ class SimSiam(Predictive, name="simsiam"):
 
     def forward(self, v1, v2, mix=True, look=True):
         "Loss and scores of one batch, each view predicted from the other; raises `InputError`"
-        check_shapes(v1=(v1, "BCHW"), v2=(v2, "BCHW"))
+        self.check_views(v1, v2)
         self.check(dict(mixing=self.transform.mixing))  # it may have been set since
         with torch.autocast(v1.device.type, torch.bfloat16, enabled=self.bf16):
             z = [self.encoder.before_sphere(v) for v in (v1, v2)]  # (b, D) each

@@ -52,7 +52,7 @@ def swapped_loss(
                 losses.append(-(code * predicted).sum(1).mean())
     return torch.stack(losses).mean()
 
-# %% ../../nbs/methods/swav.ipynb #b1f8a221
+# %% ../../nbs/methods/swav.ipynb #ba17e85f
 class SwAV(Method, name="swav"):
     "Views that predict each other's codes of prototypes (arXiv 2006.09882)"
     augmentation = "B"
@@ -122,7 +122,7 @@ class SwAV(Method, name="swav"):
         look: bool = True,  # Whether to score the vectors before it, too
     ) -> Step:  # Of 2B rows: each large view once first
         "Loss and scores of one batch; no weight changes before the optimiser's step"
-        check_shapes(v1=(v1, "BCHW"), v2=(v2, "BCHW"))
+        self.check_views(v1, v2)
         self.check(dict(mixing=self.transform.mixing))  # it may have been set since
         with torch.autocast(v1.device.type, torch.bfloat16, enabled=self.bf16):
             z = join([vectors_of(self.encoder, v) for v in (v1, v2)])  # (2b, D)
