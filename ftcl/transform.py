@@ -550,7 +550,7 @@ def check_alpha(
     "Raise `InputError` unless this is an alpha: a number, or a schedule"
     schedule("alpha", alpha, beta_parameter)
 
-# %% ../nbs/03_transform.ipynb #988327cb
+# %% ../nbs/03_transform.ipynb #b6f77fab
 def mean_of_others(
     q: Tensor,  # (B, D) queries
     k: Tensor,  # (B, D) their positive keys
@@ -584,6 +584,7 @@ def check_limit(
 class Auto(nn.Module):
     "A strength that falls to 0 as the mean score of different images rises to a limit"
     rise = 200  # calls, at least, from 0 to the ceiling
+    newest = 0.1  # weight of a call in the running mean of m
 
     def __init__(self,
         strength: str = "auto",  # Or with another ceiling than s_1 = 0.1, as `auto 0.5`
@@ -612,11 +613,11 @@ class Auto(nn.Module):
             return self.strength.to(q.device)
         now = mean_of_others(q, k, processes).to(self.signal.dtype)
         before = self.signal.to(q.device)
-        smooth = torch.where(before.isnan(), now, before.lerp(now, 0.1))
+        smooth = torch.where(before.isnan(), now, before.lerp(now, self.newest))
         self.signal = torch.where(now.isnan(), before, smooth)
-        borne = self.ceiling * (1 - self.signal / self.neg_limit).clamp(0, 1).nan_to_num(0.0)
+        wanted = self.ceiling * (1 - self.signal / self.neg_limit).clamp(0, 1).nan_to_num(0.0)
         highest = self.strength.to(q.device) + self.ceiling / self.rise
-        self.strength = torch.minimum(borne, highest)
+        self.strength = torch.minimum(wanted, highest)
         return self.strength
 
 # %% ../nbs/03_transform.ipynb #6cc147ba

@@ -52,12 +52,12 @@ def swapped_loss(
                 losses.append(-(code * predicted).sum(1).mean())
     return torch.stack(losses).mean()
 
-# %% ../../nbs/methods/swav.ipynb #ba17e85f
+# %% ../../nbs/methods/swav.ipynb #3038a995
 class SwAV(Method, name="swav"):
     "Views that predict each other's codes of prototypes (arXiv 2006.09882)"
     augmentation = "B"
     head = "mlp_bn"
-    recipe = dict(lr=0.06, weight_decay=5e-4, warmup_epochs=0, tau=0.1, momentum=0.0)
+    recipe = dict(lr=1.2, weight_decay=5e-4, warmup_epochs=0, tau=0.1, momentum=0.0)  # batch of 256
     has_negatives = False
     unused = NO_SOFTMAX | dict(momentum=0.0)
 
