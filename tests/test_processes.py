@@ -87,8 +87,10 @@ def test_two_processes_train_as_one(tmp_path, made_by_two, float64, name):
     for tensor in x:
         if tensor.startswith(("method.", "sgd.")):
             # running statistics follow the parts of a batch one by one, or half of them twice
-            near = 0.02 if ".running_" in tensor else 0
-            tolerance = dict(rtol=near, atol=near or 1e-9, err_msg=tensor)
+            running = ".running_" in tensor
+            # those of Barlow Twins reach 100, so there two in a hundred are allowed
+            rtol = 0.02 if running and name == "barlow" else 0
+            tolerance = dict(rtol=rtol, atol=0.02 if running else 1e-9, err_msg=tensor)
             np.testing.assert_allclose(x[tensor], y[tensor], **tolerance)
     a, b = (pd.read_parquet(folder / f"{name}.parquet") for folder in folders)
     for column in a:
