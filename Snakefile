@@ -37,7 +37,7 @@ FIGURES = {  # notebook in nbs/figures: (studies that it is drawn from, *: all; 
     "extrapolation": ("cifar10-momentum", ["cifar10-extrapolation-scores", "l-ex-density"]),
     "interpolation": ("cifar10-momentum", ["cifar10-interpolation-scores", "l-in-density"]),
     "alpha": ("cifar10-settings", ["cifar10-alpha", "cifar10-level"]),
-    "start_epoch": ("cifar10-settings", ["cifar10-start-epoch"]),
+    "start_epoch": ("cifar10-settings", ["cifar10-start-epoch", "cifar10-start-landscape"]),
     "epochs": ("cifar10-settings", ["cifar10-epochs"]),
     "methods": ("cifar10-methods cifar10-transforms cifar10-rates", ["methods"]),
     "discussion": ("cifar10-transforms", ["cifar10-discussion"]),
