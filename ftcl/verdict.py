@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['COMMON', 'BIT', 'PLATEAU', 'LEFT', 'NEAR', 'JUMP', 'LOOKS', 'Verdict', 'jumps', 'before_prefix', 'verdict',
-           'verdict_line', 'variance_ratio']
+           'verdict_line', 'variance_ratio', 'direction_ratios']
 
-# %% ../nbs/05b_verdict.ipynb #c6e67dc5
+# %% ../nbs/05b_verdict.ipynb #685b75cd
 import math
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
-from .core import InputError, is_number, positive
+import torch
+from torch import Tensor
+from .core import InputError, check_shapes, is_number, positive
 from .scores import WINDOW, require_columns
 
 # %% ../nbs/05b_verdict.ipynb #204a28c2
@@ -212,3 +214,25 @@ def variance_ratio(
     within = 1 - pairs
     between = pairs - frame[f"{prefix}neg_mean"].astype(float)
     return between / within.where(within > 0)
+
+# %% ../nbs/05b_verdict.ipynb #9b192994
+def direction_ratios(
+    vectors: Tensor,  # (V, N, D), V views of each of N images
+) -> pd.DataFrame:  # A row for each of the D directions, the widest first: share of variance, R
+    "Variance between over within images along principal directions; raises `InputError`"
+    check_shapes(vectors=(vectors, "VND"))
+    V, N, D = vectors.shape
+    if min(V, N) < 2 or not D:
+        raise InputError(
+            f"vectors has the shape {(V, N, D)}, but must hold 2 or more views of 2 or more images."
+        )
+    z = vectors.double()
+    centres = z.mean(0)  # (N, D)
+    off = (z - centres).flatten(0, 1)  # (V N, D)
+    within = off.T @ off / ((V - 1) * N)  # (D, D)
+    between = centres.T.cov().reshape(D, D) - within / V  # (D, D)
+    variances, directions = torch.linalg.eigh(between + within)  # (D,), (D, D)
+    along = [(directions * (o @ directions)).sum(0).flip(0) for o in (between, within)]  # (D,) each
+    share = variances.flip(0) / variances.sum()
+    ratio = along[0] / along[1].where(along[1] > 0, torch.nan)
+    return pd.DataFrame({"share": share.numpy(), "R": ratio.numpy()})

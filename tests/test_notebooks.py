@@ -154,7 +154,9 @@ def test_parameters_are_those_of_the_function(name):
         assert comments[parameter] == about.help, parameter
 
 
-@pytest.mark.parametrize("name", ["vectors", "report", "benchmark", "scaling", "reliability"])
+@pytest.mark.parametrize(
+    "name", ["vectors", "directions", "report", "benchmark", "scaling", "reliability"]
+)
 def test_parameters_of_a_notebook_alone_are_declared_in_it(name):
     "By one function, whose annotated signature says names, defaults and comments"
     source = "\n".join(c.source for c in cells(ROOT / "nbs" / f"{name}.ipynb"))

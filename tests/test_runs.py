@@ -167,6 +167,7 @@ def test_measuring_notebooks_leave_a_table_and_a_picture(name, small, tmp_path):
             "the checkpoint nowhere.safetensors cannot be read",
         ),
         ("vectors", {"n_pairs": 0}, "n_pairs is 0, but must be at least 1."),
+        ("directions", {"folder": "nowhere"}, "'nowhere' holds no checkpoint"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_nothing_is_left(name, wrong, told, tmp_path):
@@ -198,6 +199,15 @@ def test_vectors_lose_nothing_that_lies_there(whole, tmp_path):
     frame = pd.read_parquet(tmp_path / "vectors.parquet")
     assert frame["kind"].value_counts().to_dict() == {"queue": 20, "q": 8, "k": 8}
     assert ((frame.filter(like="z") ** 2).sum(axis=1) - 1).abs().max() < 1e-5
+
+
+def test_directions_of_every_checkpoint_in_a_folder(whole, tmp_path):
+    asked = dict(folder=str(whole.parent), n_images=100, n_views=2, n_directions=5)
+    assert papermill("directions", tmp_path, **asked).returncode == 0
+    frame = pd.read_parquet(tmp_path / "directions.parquet")
+    assert set(frame["run"]) == {"whole"}
+    assert list(frame["direction"]) == [1, 2, 3, 4, 5]
+    assert frame["share"].is_monotonic_decreasing and 0.3 < frame["share"].sum() <= 1
 
 
 def start(folder, name):
