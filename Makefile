@@ -13,7 +13,7 @@ export MALLOC_MMAP_THRESHOLD_ := 1073741824
 SHELL        := /bin/bash
 .SHELLFLAGS  := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env ablation figures test faults clean readme lab
+.PHONY: help env ablation figures test faults cluster clean readme lab
 
 help: ## list these commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -44,6 +44,9 @@ faults: $(READY) ## 5,000 mutated inputs and 100 kills, counted in results/relia
 	mkdir -p runs
 	$(BIN)/papermill --no-progress-bar nbs/reliability.ipynb runs/reliability.ipynb \
 		-p inputs 5000 -p kills 100 -p out results/reliability
+
+cluster: $(READY) ## two runs on a Slurm of its own: one is killed, a second call finishes it
+	OMP_NUM_THREADS=1 $(BIN)/python tests/cluster.py
 
 clean: $(READY) ## strip the notebooks and export them to ftcl/; leaves a committed tree as it is
 	$(BIN)/nbdev_clean

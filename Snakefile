@@ -3,8 +3,9 @@
 #                                            (make figures); with -F every one
 #   snakemake --cores 2 runs                 trains the runs whose records are missing, one core
 #                                            each
-#   snakemake --profile profiles/slurm runs  the same on a cluster, one job a run; any other
-#                                            executor plugin works alike
+#   snakemake --profile profiles/slurm runs  the same on a cluster, one job a run
+#                                            (profiles/kubernetes: not tried on a real one)
+# A second call finishes a run that was stopped, from its last checkpoint.
 import shlex
 import sys
 from pathlib import Path
@@ -75,8 +76,7 @@ def parameters(study, setting, seed):
     "Of one run of `pretrain.ipynb`, as papermill takes them"
     own = dict(config[study]["settings"][setting])
     del own["seeds"]
-    files = dict(seed=seed, out=f"results/{study}", name=f"{setting}-s{seed}")
-    p = config[study]["shared"] | own | files
+    p = config[study]["shared"] | own | dict(seed=seed, name=f"{setting}-s{seed}")
     return " ".join(f"-p {name} {shlex.quote(str(value))}" for name, value in p.items())
 
 
@@ -100,14 +100,22 @@ for notebook, (studies, names) in FIGURES.items():
 
 
 rule run:
+    # `resume` goes on from a checkpoint, and takes a finished record as it lies. So a record must
+    # not be removed first, as any other output is (`update`): remove it yourself to train anew.
     output:
-        "results/{study}/{setting}-s{seed,[0-9]+}.json",
-        "results/{study}/{setting}-s{seed}.parquet",
+        update("results/{study}/{setting}-s{seed,[0-9]+}.json"),
+        update("results/{study}/{setting}-s{seed}.parquet"),
     log: "runs/{study}/{setting}-s{seed}.ipynb"
-    params: lambda w: parameters(**w)
+    params:
+        lambda w: parameters(**w),
+        out=lambda w, output: Path(output[0]).parent,
     threads: 1
-    resources: mem_mb=6000, runtime=60
-    shell: "OMP_NUM_THREADS={threads} {PAPERMILL} nbs/pretrain.ipynb {log} {params}"
+    # Slurm sends SIGTERM half a minute before it kills a job, and the run then saves a checkpoint.
+    # Papermill would die of the signal at once, and the run with it: here it ignores the signal.
+    shell:
+        "trap '' TERM; "
+        "OMP_NUM_THREADS={threads} {PAPERMILL} nbs/pretrain.ipynb {log} {params[0]} "
+        "-p out {params.out} -y 'resume: true'"
 
 
 rule vectors:
