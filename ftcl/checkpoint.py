@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINT', 'NOTE', 'Written', 'State', 'chained', 'with_rows', 'write_rows', 'read_rows', 'beside', 'part_path',
-           'save_part', 'read_history', 'checksum', 'epochs_table', 'epochs_of', 'weights_of', 'as_bytes',
+           'save_part', 'read_history', 'checksum', 'epochs_table', 'epochs_of', 'weights_of', 'tensors_of', 'as_bytes',
            'remove_parts', 'remove_earlier', 'keep_previous', 'save_checkpoint', 'steps_of', 'the_one_before',
            'read_checkpoint', 'read_note', 'refuse_other_run', 'load_state', 'load_momentum', 'refuse_other_data',
            'load_checkpoint', 'load_method', 'load_encoder']
@@ -33,7 +33,7 @@ from .method import Method, build_method, transform_of
 from .record import difference
 from .scores import ScoreRecorder
 
-# %% ../nbs/12_checkpoint.ipynb #5fbb1d97
+# %% ../nbs/12_checkpoint.ipynb #292947f1
 @dataclass
 class Written:
     "How much of a run's scores lies on the disk"
@@ -63,6 +63,7 @@ class State:
     made_with: list = field(default_factory=list)  # `provenance`, once for each device or code
     path: Path | None = None  # of its checkpoint; None before the first
     written: Written = field(default_factory=Written)  # beside that checkpoint
+    probe: nn.Module | None = None  # a linear layer that learns along, where the run has one
 
 # %% ../nbs/12_checkpoint.ipynb #f4cc12b7
 def chained(
@@ -169,7 +170,7 @@ def read_history(
         "remove the checkpoint to begin anew."
     )
 
-# %% ../nbs/12_checkpoint.ipynb #c2282ce8
+# %% ../nbs/12_checkpoint.ipynb #8a4f42c2
 CHECKPOINT = {"format": "ftcl-checkpoint", "schema": "2"}
 NOTE = {  # What a run's note holds
     "params", "step", "seconds", "n_train", "images_sum", "weights_sum", "made_with", "columns",
@@ -219,11 +220,10 @@ def weights_of(
     "All weights that it holds, group by group"
     return [weight for group in optimizer.param_groups for weight in group["params"]]
 
-def as_bytes(
+def tensors_of(
     s: State,
-    written: Written,
-) -> bytes:
-    "What the file of a checkpoint holds"
+) -> dict:  # name: tensor, on the CPU
+    "Every tensor that decides a run's next step"
     tensors = {}
     for name, tensor in s.method.state_dict().items():
         tensors[f"method.{name}"] = tensor.cpu().contiguous()
@@ -232,7 +232,18 @@ def as_bytes(
             kept = s.optimizer.state.get(weight, {}).get("momentum_buffer")
             kept = torch.zeros_like(weight) if kept is None else kept  # no loss depends on it
             tensors[f"sgd.{i}"] = kept.detach().cpu().contiguous()
+    if s.probe is not None:
+        for name, tensor in s.probe.state_dict().items():
+            tensors[f"probe.{name}"] = tensor.cpu().contiguous()
     tensors["losses"] = torch.stack(s.losses).cpu() if s.losses else torch.zeros(0)
+    return tensors
+
+def as_bytes(
+    s: State,
+    written: Written,
+) -> bytes:
+    "What the file of a checkpoint holds"
+    tensors = tensors_of(s)
     epoch_columns, tensors["epochs"] = epochs_table(s.epochs, s.params["epochs"])
     note = dict(
         params=s.params,
@@ -416,7 +427,7 @@ def load_state(
         why = str(e).splitlines()[-1].strip()[:300].rstrip(" .")
         raise InputError(f"the checkpoint {path} does not fit its own parameters: {why}.") from None
 
-# %% ../nbs/12_checkpoint.ipynb #6df088d1
+# %% ../nbs/12_checkpoint.ipynb #74be759b
 def load_momentum(
     optimizer: torch.optim.Optimizer,  # Filled in place
     tensors: dict,  # Of a checkpoint
@@ -468,6 +479,8 @@ def load_checkpoint(
     load_state(s.method, tensors, "method.", path)
     if note["step"]:
         load_momentum(s.optimizer, tensors, path)
+    if s.probe is not None:
+        load_state(s.probe, tensors, "probe.", path)
     device = s.accelerator.device
     said = (note.get("negatives"), note.get("warned", False))  # early checkpoints have neither
     s.recorder.restore(note["columns"], rows, device, *said)
