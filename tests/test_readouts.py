@@ -149,6 +149,8 @@ def test_every_number_says_what_it_is_of():
 def test_where_none_is_named_the_quick_ones_are_measured(tmp_path):
     record = pretrain(**TINY, readouts="", out=str(tmp_path))
     assert list(record["metrics"]) == FROZEN == list(record["readouts"])
+    parts = (o.take(torch.arange(50)) for o in sets(8))
+    assert list(read_out(small(), *parts, settings=ReadoutSettings(linear_epochs=1))) == FROZEN
     about = record["readouts"]["knn_backbone"]
     assert about["fitted_on"] == "shapes: training images" and about["n_fit"] == 128
     assert about["measured_on"] == "shapes: held-out training images" and about["n_test"] == 64
@@ -193,6 +195,15 @@ def test_every_encoder_gets_the_same_labels():
 
     assert seen(few[0]) < seen(few[1]) < seen(train)
     assert seen(some_of_each(train, [4] * 10, seed=1)) != seen(few[0])
+
+
+def test_a_class_does_not_depend_on_the_other_test_images():
+    train, test = sets(8)
+    few = some_of_each(train, [4] * 10)
+    order = test.labels.argsort()  # half of the classes in each half
+    halves = [finetune_accuracy(small(), few, test.take(o), epochs=1) for o in order.chunk(2)]
+    whole = finetune_accuracy(small(), few, test, epochs=1)
+    assert sum(halves) / 2 == pytest.approx(whole, abs=0.2)  # a tie may fall either way
 
 
 def test_pretrained_weights_are_ahead_of_random_ones(tmp_path, monkeypatch):
