@@ -11,7 +11,7 @@ __all__ = ['CANVAS_CLASSES', 'CANVASES', 'BOX_COLOURS', 'GROUPS', 'COCO_FILES', 
            'write_predictions', 'read_predictions', 'average_precision', 'check_files', 'transfer_sets', 'class_names',
            'check_encoder_name', 'check_transfer', 'transfer', 'transfer_table']
 
-# %% ../nbs/18_detection.ipynb #9e92bb12
+# %% ../nbs/18_detection.ipynb #439ba914
 import hashlib
 import json
 import os
@@ -20,6 +20,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from math import isfinite
@@ -669,7 +670,7 @@ def load_detections(
     images = [folder / place.format(split=split) for place in COCO_IMAGES]
     return read_coco(splits[split], images, classes, f"{folder.name}/{split}")
 
-# %% ../nbs/18_detection.ipynb #71cb199a
+# %% ../nbs/18_detection.ipynb #3597957b
 def stages(
     net: nn.Module,  # A backbone
 ) -> dict:  # name: module, from the finest map to the coarsest
@@ -694,13 +695,11 @@ def map_shapes(
     shapes = []
     def keep(layer, given, made):
         shapes.append((made.shape[1], 64 // made.shape[3]))
-    hooks = [stage.register_forward_hook(keep) for stage in stages(net).values()]
-    training = net.training
+    tried = deepcopy(net).eval()
+    for stage in stages(tried).values():
+        stage.register_forward_hook(keep)
     with torch.no_grad():
-        net.eval()(torch.zeros(2, 3, 64, 64))
-    net.train(training)
-    for hook in hooks:
-        hook.remove()
+        tried(torch.zeros(2, 3, 64, 64))
     return shapes
 
 # %% ../nbs/18_detection.ipynb #5ec601ab

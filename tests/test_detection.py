@@ -446,6 +446,29 @@ def test_every_weight_of_the_encoder_is_in_the_detector(kind, name):
     assert {id(p) for p in net.parameters()} <= inside
 
 
+def norms_in(module):
+    return sum(isinstance(layer, torch.nn.BatchNorm2d) for layer in module.modules())
+
+
+def test_new_layers_are_normalised_where_norms_are_trained():
+    for norm, pyramid, head in (("trained", 4, 4), ("frozen", 0, 0)):
+        model = build_detector(Encoder().backbone, 3, "fpn", norm=norm)
+        assert norms_in(model.backbone.fpn) == pyramid
+        model = build_detector(Encoder().backbone, 3, "c4", norm=norm)
+        assert norms_in(model.roi_heads.box_head) == head  # one of them follows the last stage
+
+
+def test_looking_at_maps_leaves_no_trace():
+    net = Encoder("resnet18").backbone
+    net.layer1.eval()
+    modes = [module.training for module in net.modules()]
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    assert detection.map_shapes(net) == [(64, 1), (128, 2), (256, 4), (512, 8)]
+    assert [module.training for module in net.modules()] == modes
+    assert not any(module._forward_hooks for module in net.modules())
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+
+
 def test_statistics_of_parts_become_plain_again():
     net = Encoder(bn_splits=4).backbone
     model = build_detector(net, 2)
@@ -688,6 +711,12 @@ def test_predictions_come_back_from_their_file(tmp_path):
     model.roi_heads.score_thresh = 0.0  # random weights are sure of nothing
     rows = predict(model, data)
     assert len(rows) > 50 and {"segmentation"} <= set(rows[0])
+    with torch.no_grad():
+        first = model([data[0][0] / 255])[0]
+    wanted = torchvision.ops.box_convert(first["boxes"].double(), "xyxy", "xywh").tolist()
+    kept = [row["bbox"] for row in rows if row["image_id"] == data.pictures[0].id]
+    for box, same in zip(wanted, kept, strict=True):
+        assert same == pytest.approx(box, abs=1e-3)
     write_predictions(rows, tmp_path / "found.coco")
     assert read_predictions(tmp_path / "found.coco", data) == rows
     with contextlib.redirect_stdout(io.StringIO()):
@@ -784,7 +813,11 @@ def test_a_record_is_whole_and_is_not_overwritten(tmp_path):
     made = transfer(**TINY, out=str(tmp_path), name="one")
     assert record.read_record(tmp_path / "one.json") == made
     assert {"AP", "AP50", "AP75"} <= set(made["metrics"])
-    assert made["steps"] == 4 == len(detection.pd.read_parquet(tmp_path / "one.parquet"))
+    losses = detection.pd.read_parquet(tmp_path / "one.parquet")["loss"]
+    assert made["steps"] == 4 == len(losses)
+    assert [row["loss"] for row in made["epochs"]] == pytest.approx(
+        [losses[:2].mean(), losses[2:].mean()]
+    )
     assert (made["n_train"], made["n_test"], made["measured_on"]) == (4, 32, "val split")
     assert made["parameters"]["precision"] in ("bf16", "fp32") and made["pretrained"] == {}
     for key in ("seconds", "device", "git_revision", "versions", "boxes_test", "marks_sha256"):
