@@ -15,13 +15,16 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from ftcl import record, train
+from ftcl import detection, record, train
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not p.name.startswith("."))
 CHAPTERS = [p for p in NOTEBOOKS if p.stem[0].isdigit() or p.parent.name == "methods"]
 MODULES = sorted(p for p in (ROOT / "ftcl").rglob("*.py") if not p.name.startswith("_"))
-RUN = dict(pretrain=train.pretrain, ablation=train.pretrain, evaluate=train.evaluate_checkpoint)
+RUN = dict(
+    pretrain=train.pretrain, ablation=train.pretrain, evaluate=train.evaluate_checkpoint,
+    transfer=detection.transfer,
+)  # fmt: skip
 
 
 def cells(path, kind="code"):
@@ -138,11 +141,13 @@ def test_parameters_are_those_of_the_function(name):
         pretrain={"progress", "stop_after"},
         ablation={"progress", "stop_after", "name"},
         evaluate=set(),
+        transfer={"progress"},
     )[name]
     own_default = dict(
         pretrain={"mixing", "epochs", "knn_every"},
         ablation={"mixing", "epochs", "knn_every", "out"},
         evaluate={"linear_epochs"},
+        transfer=set(),
     )[name]
     assert set(given) - added == set(known) - left_out
     assert [n for n in given if n not in added] == [n for n in known if n in given]
