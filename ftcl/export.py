@@ -397,6 +397,8 @@ def card_tables(
         rows = []
         for name, accuracy in run["metrics"].items():
             protocol = READOUTS[name].__doc__ if name in READOUTS else ""
+            entry = run.get("readouts", {}).get(name, {})  # records of older runs have none
+            protocol = entry.get("protocol", protocol)
             rows.append((f"`{name}`", accuracy, protocol))
         n = f"n = {run.get('n_test', 0)} images"
         told = f"Measured on {measured(run)}, {n}, in one run with seed {p['seed']}."
