@@ -49,6 +49,10 @@ FIGURES = {  # notebook in nbs/figures: (studies that it is drawn from, *: all; 
     "mixing": ("cifar10-mixing", ["cifar10-mixing-accuracy", "cifar10-mixing-scores"]),
     "regime": ("cifar10-regime", ["cifar10-regime", "cifar10-controls", "cifar10-collapse"]),
     "screening": ("cifar10-screening", ["cifar10-screening"]),
+    "threshold": ("cifar10-threshold escape escape-224", ["threshold", "threshold-224"]),
+    "resnet": (
+        "cifar10-resnet18 fair-recipe", ["cifar10-resnet18-fair", "cifar10-resnet18-scores"],
+    ),
     "verdict": ("*", ["verdict"]),
     "claims": ("*", ["claims"]),
 }
