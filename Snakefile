@@ -24,6 +24,7 @@ shell.prefix(
 PAPERMILL = f"{sys.executable} -m papermill --no-progress-bar --log-level WARNING"
 
 FIGURES = {  # notebook in nbs/figures: (studies that it is drawn from, *: all; its pictures)
+    "idea": ("cifar10-transforms", ["idea", "answer"]),
     "motivation": ("cifar10-momentum", ["motivation"]),
     "pipeline": ("", ["pipeline"]),
     "sphere": ("sphere", ["sphere", "sphere-pair"]),
@@ -38,7 +39,10 @@ FIGURES = {  # notebook in nbs/figures: (studies that it is drawn from, *: all; 
     "extrapolation": ("cifar10-momentum", ["cifar10-extrapolation-scores", "l-ex-density"]),
     "interpolation": ("cifar10-momentum", ["cifar10-interpolation-scores", "l-in-density"]),
     "alpha": ("cifar10-settings", ["cifar10-alpha", "cifar10-level"]),
-    "start_epoch": ("cifar10-settings", ["cifar10-start-epoch", "cifar10-start-landscape"]),
+    "start_epoch": (
+        "cifar10-settings cifar10-few",
+        ["cifar10-start-epoch", "cifar10-start-landscape", "cifar10-start-ratio"],
+    ),
     "epochs": ("cifar10-settings", ["cifar10-epochs"]),
     "methods": ("cifar10-methods cifar10-transforms cifar10-rates", ["methods"]),
     "discussion": ("cifar10-transforms", ["cifar10-discussion"]),
@@ -49,6 +53,7 @@ FIGURES = {  # notebook in nbs/figures: (studies that it is drawn from, *: all; 
     "mixing": ("cifar10-mixing", ["cifar10-mixing-accuracy", "cifar10-mixing-scores"]),
     "regime": ("cifar10-regime", ["cifar10-regime", "cifar10-controls", "cifar10-collapse"]),
     "screening": ("cifar10-screening", ["cifar10-screening"]),
+    "few": ("cifar10-few", ["cifar10-few", "cifar10-few-course"]),
     "threshold": ("cifar10-threshold escape escape-224", ["threshold", "threshold-224"]),
     "resnet": (
         "cifar10-resnet18 fair-recipe", ["cifar10-resnet18-fair", "cifar10-resnet18-scores"],
