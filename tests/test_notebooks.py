@@ -266,6 +266,26 @@ def test_the_loop_in_the_readme_runs(tmp_path, monkeypatch):
     assert len(pd.read_parquet("scores.parquet")) == 1
 
 
+def prose(markdown):
+    "Sentences of a page: no code, no tables, of a link its text alone"
+    text = re.sub(r"```.*?```|^\|.*?$|^#.*?$|<[^>]*>", " ", markdown, flags=re.S | re.M)
+    text = re.sub(r"`[^`]*`", "code", text)
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    paragraphs = re.split(r"\n\s*\n|^- ", text, flags=re.M)
+    return [s for p in paragraphs for s in re.split(r"(?<=[.!?:])\s+", p.strip()) if s]
+
+
+def test_the_readme_is_short_and_plain():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= 900
+    found = prose(text)
+    assert len(found) > 20
+    for sentence in found:
+        assert len(sentence.split()) <= 30, sentence
+        outside = re.sub(r"\([^)]*\)", "", sentence)  # an interval stands in brackets
+        assert len(re.findall(r"\d[\d.,]*", outside)) <= 3, sentence
+
+
 RECORDS = sorted((ROOT / "results").rglob("*.json"))
 
 
