@@ -54,6 +54,17 @@ FIGURES = {  # notebook in nbs/figures: (studies that it is drawn from, *: all; 
     "regime": ("cifar10-regime", ["cifar10-regime", "cifar10-controls", "cifar10-collapse"]),
     "screening": ("cifar10-screening", ["cifar10-screening"]),
     "few": ("cifar10-few", ["cifar10-few", "cifar10-few-course"]),
+    "hardness": (
+        "cifar10-curve directions",
+        [
+            "cifar10-hardness", "cifar10-flight", "cifar10-pull-push", "cifar10-filter",
+            "cifar10-directions",
+        ],
+    ),
+    "schedule": (
+        "cifar10-schedule cifar10-schedule-check",
+        ["cifar10-schedule", "cifar10-schedule-check"],
+    ),
     "threshold": ("cifar10-threshold escape escape-224", ["threshold", "threshold-224"]),
     "resnet": (
         "cifar10-resnet18 fair-recipe", ["cifar10-resnet18-fair", "cifar10-resnet18-scores"],
