@@ -79,6 +79,22 @@ RUNS = [
     for seed in own["seeds"]
 ]
 
+TASKS = {  # folder in results: notebook, and its parameters, for each encoder of cifar10-transfer
+    "transfer-tiny": (
+        "evaluate", "-p dataset tiny-imagenet-100 -p size 32 -p n_images 20000"
+        " -p readouts knn_backbone+logreg_backbone",
+    ),
+    "transfer-labels": ("evaluate", "-p readouts finetune_1pct+finetune_10pct"),
+    "transfer-finetune": ("evaluate", "-p n_images 5000 -p readouts finetune"),
+    "transfer-long-tail": ("evaluate", "-p readouts longtail_backbone"),
+    "transfer-bccd": ("transfer", "-p dataset bccd -p evaluate_on test -p size 240"),
+}
+ENCODERS = [
+    f"{setting}-s{seed}"
+    for setting, own in config["cifar10-transfer"]["settings"].items()
+    for seed in own["seeds"]
+]
+
 
 def pictures(names):
     "Their files"
@@ -108,6 +124,10 @@ rule runs:
     input: [f"{run}.{ending}" for run in RUNS for ending in ("json", "parquet")]
 
 
+rule readouts:
+    input: [f"results/{task}/{name}.json" for task in TASKS for name in ENCODERS]
+
+
 for notebook, (studies, names) in FIGURES.items():
     rule:
         name: f"figure_{notebook}"
@@ -125,6 +145,7 @@ rule run:
     output:
         update("results/{study}/{setting}-s{seed,[0-9]+}.json"),
         update("results/{study}/{setting}-s{seed}.parquet"),
+    wildcard_constraints: study="|".join(config)
     log: "runs/{study}/{setting}-s{seed}.ipynb"
     params:
         lambda w: parameters(**w),
@@ -136,6 +157,24 @@ rule run:
         "trap '' TERM; "
         "OMP_NUM_THREADS={threads} {PAPERMILL} nbs/pretrain.ipynb {log} {params[0]} "
         "-p out {params.out} -y 'resume: true'"
+
+
+rule readout:
+    # from the checkpoint that a run leaves beside its record, which is not in git
+    # (without it remove the run's record of cifar10-transfer and make `runs`)
+    input: "results/cifar10-transfer/{setting}-s{seed}.safetensors"
+    output: "results/{task}/{setting}-s{seed,[0-9]+}.json"
+    wildcard_constraints: task="|".join(TASKS)
+    log: "runs/{task}/{setting}-s{seed}.ipynb"
+    params:
+        notebook=lambda w: TASKS[w.task][0],
+        given=lambda w: TASKS[w.task][1],
+    threads: 1
+    shell:
+        "OMP_NUM_THREADS={threads} {PAPERMILL} nbs/{params.notebook}.ipynb {log} "
+        "-p checkpoint {input} -p seed {wildcards.seed} -p precision fp32 "
+        "-p out results/{wildcards.task} -p name {wildcards.setting}-s{wildcards.seed} "
+        "{params.given}"
 
 
 rule vectors:
