@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['STEMS', 'SIDE_EXITS', 'ENCODERS', 'PROBES', 'HEADS', 'SLOW_COPIES', 'CLASSIFIERS', 'COUNTER', 'FILE_ENDINGS',
            'small_resnet', 'torchvision_names', 'torchvision_backbone', 'encoder_name', 'check_features',
-           'first_weight', 'call_backbone', 'feature_width', 'backbone', 'projection', 'SplitBN', 'VectorBN',
-           'split_vectors', 'split_bn', 'check_splits', 'batch_parts', 'load_weights', 'Encoder', 'ema_update']
+           'first_weight', 'call_backbone', 'feature_width', 'backbone', 'projection', 'SplitBN', 'norm_at_once',
+           'VectorBN', 'split_vectors', 'split_bn', 'check_splits', 'batch_parts', 'load_weights', 'Encoder',
+           'ema_update']
 
 # %% ../nbs/07_encoder.ipynb #3aa0c55f
 import math
@@ -25,10 +26,12 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torchvision.models.resnet import BasicBlock
-from .core import InputError, check_shapes, nearest, one_of, reason, shown, whole, within
+from .core import InputError, check_shapes, constant, nearest, one_of, reason, shown, whole
+from .core import within
 from .transform import check_memory
 
 # %% ../nbs/07_encoder.ipynb #32d0f5c4
@@ -392,12 +395,91 @@ class SplitBN(nn.BatchNorm2d):
             )
         self.num_batches_tracked.add_(1)
         shared = (self.running_mean, self.running_var, self.weight, self.bias)
+        if x.is_cuda and self.splits > 1 and not torch.compiler.is_compiling():
+            return norm_at_once(x, *shared, self.splits, self.momentum, self.eps)
         momentum = self.momentum / self.splits
         parts = [
             F.batch_norm(part, *shared, training=True, momentum=momentum, eps=self.eps)
             for part in x.chunk(self.splits)  # (B / splits, C, H, W) each
         ]
         return torch.cat(parts)  # (B, C, H, W)
+
+# %% ../nbs/07_encoder.ipynb #e8555052
+def _shares(
+    splits: int,  # s
+    momentum: float,  # c
+) -> tuple:  # s numbers that add up to 1
+    "How much each part counts in the running averages"
+    powers = [(1 - momentum / splits)**i for i in reversed(range(splits))]
+    return tuple(power / sum(powers) for power in powers)
+
+def _side_by_side(
+    x: Tensor,  # (B, C, H, W), in any memory order
+    splits: int,  # s
+) -> Tensor:  # (B H W / s, s C)
+    "A row for each pixel of a part, with the channels of every part"
+    parts = x.view(splits, -1, *x.shape[1:])  # (s, B / s, C, H, W)
+    return parts.permute(1, 3, 4, 0, 2).reshape(-1, splits * x.shape[1])
+
+def _put_back(
+    rows: Tensor,  # (B H W / s, s C), as from `_side_by_side`
+    x: Tensor,  # (B, C, H, W), changed in place
+    splits: int,  # s
+) -> Tensor:  # `x`
+    "Undo `_side_by_side`"
+    parts = x.view(splits, -1, *x.shape[1:]).permute(1, 3, 4, 0, 2)  # (B / s, H, W, s, C)
+    parts.copy_(rows.view(parts.shape))
+    return x
+
+class _NormAtOnce(torch.autograd.Function):
+    "`norm_at_once`; its gradient is written out, since that needs fewer launches"
+    @staticmethod
+    def forward(ctx, x, running_mean, running_var, weight, bias, splits, momentum, eps):
+        own = (running_mean, running_var, weight, bias)
+        rows = _side_by_side(x, splits)  # (B H W / s, s C)
+        repeated = torch.cat([o for o in own if o is not None for _ in range(splits)])
+        each = iter(repeated.view(-1, rows.shape[1]))
+        mean, var, weight, bias = [None if o is None else next(each) for o in own]  # (s C,) each
+        moved = 1 - (1 - momentum / splits)**splits
+        y, *seen = torch.native_batch_norm(rows, weight, bias, mean, var, True, moved, eps)
+        shares = constant(_shares(splits, momentum), mean.device, mean.dtype)  # (s,)
+        torch.mv(mean.view(splits, -1).T, shares, out=running_mean)
+        torch.mv(var.view(splits, -1).T, shares, out=running_var)
+        y = _put_back(y, torch.empty_like(x), splits)  # (B, C, H, W)
+        ctx.save_for_backward(rows, weight, *seen)
+        ctx.splits = splits
+        ctx.eps = eps
+        ctx.strides = y.stride()
+        return y
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        rows, weight, mean, invstd = ctx.saved_tensors
+        grad_rows = _side_by_side(grad, ctx.splits)
+        wanted = [ctx.needs_input_grad[i] for i in (0, 3, 4)]  # x, weight, bias
+        x, weight, bias = torch.ops.aten.native_batch_norm_backward(
+            grad_rows, rows, weight, None, None, mean, invstd, True, ctx.eps, wanted
+        )
+        if wanted[0]:
+            x = _put_back(x, grad.new_empty_strided(grad.shape, ctx.strides), ctx.splits)
+        if wanted[1]:
+            weight = weight.view(ctx.splits, -1).sum(0)  # (C,)
+        if wanted[2]:
+            bias = bias.view(ctx.splits, -1).sum(0)  # (C,)
+        return x, None, None, weight, bias, None, None, None
+
+def norm_at_once(
+    x: Tensor,  # (B, C, H, W)
+    running_mean: Tensor,  # (C,), changed in place
+    running_var: Tensor,  # (C,), changed in place
+    weight: Tensor | None,  # (C,)
+    bias: Tensor | None,  # (C,)
+    splits: int,  # s, parts of the batch
+    momentum: float,  # c
+    eps: float,
+) -> Tensor:  # (B, C, H, W), in the memory order of `x`
+    "Batch normalisation of every part by itself, in one call for all parts"
+    return _NormAtOnce.apply(x, running_mean, running_var, weight, bias, splits, momentum, eps)
 
 # %% ../nbs/07_encoder.ipynb #8361302b
 class VectorBN(SplitBN):
