@@ -357,10 +357,10 @@ def result_parameters(
     files = [name for name, parameter in declared(f).items() if parameter.about.part == "files"]
     return {name: value for name, value in p.items() if name not in files}
 
-# %% ../nbs/11_record.ipynb #f97d7156
+# %% ../nbs/11_record.ipynb #71fd56d6
 LATER_PARAMETERS = dict(  # What early runs did, before these could be asked for
     split="train", evaluate_on="", decode="once", image_column="", label_column="",
-    view_strength=1.0, view_size=0, weights="", warmup_epochs=0,
+    view_strength=1.0, view_size=0, weights="", warmup_epochs=0, compiled=False,
 )
 
 def difference(

@@ -179,8 +179,8 @@ def test_parameters_of_a_notebook_alone_are_declared_in_it(name):
 
 
 def test_memory_is_kept_alike_everywhere():
-    "The two settings of the C library stand in four files"
-    files = ["Makefile", "Snakefile", "nbs/benchmark.ipynb", "nbs/index.ipynb"]
+    "The two settings of the C library stand in three files"
+    files = ["Makefile", "Snakefile", "nbs/benchmark.ipynb"]
     for variable in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
         for file in files:
             values = re.findall(rf"{variable}\W+(\d+)", (ROOT / file).read_text())
