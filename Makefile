@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 README ?= README
+BOOK   ?= _book
 BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
 
@@ -13,7 +14,7 @@ export MALLOC_MMAP_THRESHOLD_ := 1073741824
 SHELL        := /bin/bash
 .SHELLFLAGS  := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env ablation figures test faults cluster clean readme lab
+.PHONY: help env ablation figures test faults cluster clean readme book lab
 
 help: ## list these commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -55,6 +56,9 @@ clean: $(READY) ## strip the notebooks and export them to ftcl/; leaves a commit
 readme: $(READY) ## README.md from nbs/index.ipynb
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --execute --no-input --stdout \
 		nbs/index.ipynb | sed 's#\.\./#./#g' | cat -s > $(README).md
+
+book: $(READY) ## the notebooks as they are, as a book in _book; open _book/index.html
+	$(BIN)/sphinx-build -E -j 2 -W --keep-going --quiet -c book . $(BOOK)
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb
