@@ -26,7 +26,7 @@ PAPERMILL = f"{sys.executable} -m papermill --no-progress-bar --log-level WARNIN
 FIGURES = {  # notebook in nbs/figures: (studies that it is drawn from, *: all; its pictures)
     "idea": ("cifar10-transforms", ["idea", "answer"]),
     "motivation": ("cifar10-momentum", ["motivation"]),
-    "pipeline": ("", ["pipeline"]),
+    "pipeline": ("sphere cifar10-settings", ["pipeline"]),
     "sphere": ("sphere", ["sphere", "sphere-pair"]),
     "momentum": (
         "cifar10-momentum",
