@@ -298,6 +298,7 @@ def test_a_record_is_complete(path):
     trained = {"seconds", "measured_on", "n_train", "n_test"} if training else set()
     assert {"parameters", "metrics", "device", "versions"} | trained <= set(run)
     assert run["name"] == path.stem
+    assert not re.search(r'"[/~]', path.read_text()), "a path of one machine"
     if training:
         assert path.with_suffix(".parquet").exists()
         assert run["parameters"]["precision"] in ("bf16", "fp32")
