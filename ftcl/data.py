@@ -789,12 +789,17 @@ def _refuse_trained(trained, measured):
             f"{what!r} would be trained on and measured on: set `holdout`, or name another split."
         )
 
-# %% ../nbs/01_data.ipynb #1d316336
+# %% ../nbs/01_data.ipynb #26151a0b
 class _Measured(NamedTuple):
     "What readouts fit on and are tested on; nothing of it is decoded yet"
     bank: ImageSet | None  # None: the images that are trained on
     test: ImageSet | None  # None: nothing is measured
     words: str  # what it is, for the record
+
+def _split_in_words(images, name):
+    "What a split that was asked for as `test` is: some sets have none but `validation`"
+    split = _called(images, name, "test").rpartition("/")[2]
+    return f"{SPLITS.get(split.lower(), split)} split"
 
 def _on_another_set(evaluate_on, dataset, trained, size, columns):
     "Bank and test where `evaluate_on` names them"
@@ -809,7 +814,7 @@ def _on_another_set(evaluate_on, dataset, trained, size, columns):
         if images.labels is None:
             raise InputError(f"evaluate_on is {evaluate_on!r}, but must name images with labels.")
     if len(found) == 2:
-        return _Measured(*found, f"{evaluate_on}: test split")
+        return _Measured(*found, f"{evaluate_on}: {_split_in_words(found[1], name)}")
     images, = found
     fifth = len(images) // 5
     if not fifth:
@@ -829,7 +834,7 @@ def _on_test_split(dataset, trained, size, columns):
     _refuse_trained(trained, _Split(dataset, "test", test))
     if test.labels is None:
         return _on_nothing(_called(test, dataset, "test"))
-    return _Measured(None, test, "test split")
+    return _Measured(None, test, _split_in_words(test, dataset))
 
 def _on_nothing(what):
     "No labels, no measurement: says how to get one"

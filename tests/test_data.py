@@ -532,6 +532,14 @@ LAYOUTS = {
 LABELLED = {name for name in LAYOUTS if "class" in name or "capitals" in name}
 
 
+@pytest.mark.parametrize("folder, words", [("test", "test split"), ("val", "validation split")])
+def test_what_was_measured_on_is_called_what_it_is(home, folder, words):
+    write(home / "set" / "train", 20, ("owl", "tit"))
+    write(home / "set" / folder, 10, ("owl", "tit"), first=100)
+    assert run_sets("set", size=16).measured_on == words
+    assert run_sets("shapes", evaluate_on="set").measured_on == f"set: {words}"
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_can_be_trained_on(home, layout, capsys):
     write(home / "set", 20, LAYOUTS[layout])
