@@ -2,6 +2,10 @@
 PYTHON ?= python3
 VENV   ?= .venv
 README ?= README
+RUNS   ?= runs
+# further words for papermill (make ablation) and for JupyterLab (make lab)
+ABLATION ?=
+LAB    ?=
 BOOK   ?= _book
 BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
@@ -28,11 +32,12 @@ $(READY): settings.ini constraints.txt setup.py
 env: $(READY) ## create .venv and install ftcl into it
 
 ablation: $(READY) ## the main job on the built-in shapes: none against posneg
-	mkdir -p runs
+	mkdir -p $(RUNS)
+	@# papermill opens /dev/stderr anew, which would empty a log file: a pipe has nothing to lose
 	$(BIN)/papermill --no-progress-bar --stderr-file /dev/stderr \
-		nbs/ablation.ipynb runs/ablation.ipynb
-	@cat runs/ablation/*.csv
-	@echo "Open runs/ablation.ipynb (make lab) for the curves; records and scores are in runs/ablation/."
+		nbs/ablation.ipynb $(RUNS)/ablation.ipynb $(ABLATION) 2>&1 | cat >&2
+	@cat $(RUNS)/ablation/*.csv
+	@echo "Open $(RUNS)/ablation.ipynb (make lab) for the curves; records and scores are in $(RUNS)/ablation/."
 
 figures: $(READY) ## redraw every figure whose records or notebook changed
 	$(BIN)/snakemake --cores 2 figures --quiet rules host
@@ -60,5 +65,7 @@ readme: $(READY) ## README.md from nbs/index.ipynb
 book: $(READY) ## the notebooks as they are, as a book in _book; open _book/index.html
 	$(BIN)/sphinx-build -E -j 2 -W --keep-going --quiet -c book . $(BOOK)
 
-lab: $(READY) ## open the notebooks in JupyterLab
-	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb
+lab: $(READY) ## open the notebooks in JupyterLab; make lab LAB="--allow-root --ip 0.0.0.0"
+	JUPYTER_CONFIG_PATH=$(CURDIR)/profiles/jupyterlab$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH} \
+		$(BIN)/jupyter lab --ServerApp.root_dir=. \
+		--LabApp.default_url=/lab/tree/nbs/index.ipynb $(LAB)

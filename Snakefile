@@ -117,7 +117,9 @@ def parameters(study, setting, seed):
 
 
 rule figures:
-    input: pictures(name for _, names in FIGURES.values() for name in names)
+    input:
+        pictures(name for _, names in FIGURES.values() for name in names),
+        [f"runs/figures/{notebook}.drawn" for notebook in FIGURES],
 
 
 rule runs:
@@ -134,7 +136,11 @@ for notebook, (studies, names) in FIGURES.items():
         input:
             notebook=f"nbs/figures/{notebook}.ipynb",
             records=records(studies),
-        output: pictures(names)
+        # Drawing replaces a picture at once, so that none is removed before (`update`). A failure
+        # leaves the old one, with a new date: the missing `.drawn` says that it is an old one.
+        output:
+            update(pictures(names)),
+            touch(f"runs/figures/{notebook}.drawn"),
         log: f"runs/figures/{notebook}.ipynb"
         shell: "{PAPERMILL} {input.notebook} {log}"
 

@@ -16,6 +16,10 @@ HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
 PICTURE = re.compile(r"^!\[(.+)\]\((\S+)\)$|^(<img [^>]+>)$", re.MULTILINE)
 PARAGRAPH = re.compile(r"^<p[^>]*>\n((?:<img [^>]+>\n)+)</p>$", re.MULTILINE)
 ATTRIBUTE = re.compile(r"(\w+)=\"([^\"]*)\"")
+COMMENT = re.compile(r"<!--.*?-->\n?", re.DOTALL)
+LINK = re.compile(r"\[([^\]]+)\]\([^)]*\)")
+SENTENCE = re.compile(r"(?<=[.!?])\s+")
+OF_PICTURE = re.compile(r"(The|This|One)( \w+)? picture\b")
 SAVED = re.compile(r"save_figure\(\w+, \"([\w-]+)\"\)")
 PAPER = re.compile(r"\[[^\]]*\]\(https://arxiv\.org/abs/([\d.]+)\)|\barXiv (\d{4}\.\d{5})\b")
 FRAGMENT = re.compile(r"(?<=\]\()([^)\s]*\.ipynb)?(#[^)\s]+)(?=\))")
@@ -86,6 +90,7 @@ def markdown(text, keys):
 
     parts = CODE.split(text)
     for i in range(0, len(parts), 2):  # what lies between stretches of code
+        parts[i] = COMMENT.sub("", parts[i])
         parts[i] = PAPER.sub(cite, parts[i])
         parts[i] = FRAGMENT.sub(lambda m: f"{m[1] or ''}{m[2].lower()}", parts[i])
         parts[i] = PICTURE.sub(numbered, PARAGRAPH.sub(r"\1", parts[i]))
@@ -130,20 +135,44 @@ def own_titles(source):
     return set_to(source, ["suptitle"]) + words(called)
 
 
-def figure(source, title, heading, captions):
+def joined(*sentences):
+    "Sentences as one text, each with an end of its own"
+    return " ".join(s if s[-1] in ".?!" else f"{s}." for s in sentences if s)
+
+
+def told_of_picture(prose):
+    "The first sentence of a cell of Markdown that says what the picture below it shows"
+    for sentence in SENTENCE.split(LINK.sub(r"\1", BLOCK.sub("", prose))):
+        if OF_PICTURE.match(sentence):
+            return sentence.replace("**", "")
+    return ""
+
+
+def told_by_axes(source):
+    "What a picture draws against what, as its axes say"
+    upright, across = (", ".join(set_to(source, [name])) for name in ("ylabel", "xlabel"))
+    if not upright:
+        return across if " " in across else ""  # "step" alone says nothing
+    return f"{upright}, against {across}" if across else upright
+
+
+def figure(source, title, heading, captions, prose=""):
     "What stands below a picture that a cell draws, and what stands for it where nobody sees it"
     own = own_titles(source)
     saved = SAVED.search(source)
+    axes = set_to(source, ["xlabel", "ylabel"])
     if own:
         caption = own[0]
     elif saved and saved[1] in captions:
         caption = captions[saved[1]]
-    elif saved and heading != title:
-        caption = title + ("" if title[-1] in "?!" else ".") + f" {heading}"
-    else:
-        caption = heading
-    axes = set_to(source, ["xlabel", "ylabel"])
-    alt = caption + (f" (axes: {', '.join(axes)})" if axes else "")
+    else:  # "The picture" says nothing, and neither does the title of a chapter below its own
+        names = [title, heading] if saved and heading != title else [heading]
+        names = [name for name in names if name != "The picture"] or [title]
+        axes_say = told_by_axes(source)
+        more = told_of_picture(prose) or (axes_say and f"Drawn: {axes_say}")
+        caption = joined(*names, more) if more or len(names) > 1 else names[0]
+    unsaid = axes and "Drawn: " not in caption
+    alt = caption + (f" (axes: {', '.join(axes)})" if unsaid else "")
     return {"figure": {"caption": caption}, "image": {"alt": re.sub("[`$]", "", alt)}}
 
 
@@ -211,14 +240,16 @@ def as_page(docname, text):
     notebook, module = read_notebook(text)
     keys, captions = cite_keys(), known_captions()
     title = heading = ""
+    prose = ""
     cells = []
     for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":
+            prose = cell["source"]
             for heading in HEADING.findall(BLOCK.sub("", cell["source"])):
                 title = title or heading
             cells.append(cell | {"source": markdown(cell["source"], keys)})
         elif cell["cell_type"] == "code":
-            about = figure(cell["source"], title, heading, captions)
+            about = figure(cell["source"], title, heading, captions, prose)
             anchors = [f"({anchor(module, name)})=" for name in public_names(cell)]
             if anchors:
                 cells.append(markdown_cell(f"{cell['id']}-names", anchors))
@@ -269,8 +300,18 @@ def keep_pictures_apart(app):
     app.env.mystnb_config = app.env.mystnb_config.copy(output_folder=folder)
 
 
+def remove_pages_without_source(app, error):
+    "Remove what an earlier build wrote of sources that are gone, and nothing else"
+    known = {Path(app.builder.get_outfilename(name)) for name in app.env.found_docs}
+    for folder in {Path(name).parts[0] for name in app.env.found_docs if "/" in name}:
+        for page in (Path(app.outdir) / folder).rglob("*.html"):
+            if page not in known and not error:
+                page.unlink()
+
+
 def setup(app):
-    "Enter both into Sphinx"
+    "Enter all of this into Sphinx"
     app.connect("source-read", on_source_read)
     app.connect("builder-inited", keep_pictures_apart, priority=900)
+    app.connect("build-finished", remove_pages_without_source)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

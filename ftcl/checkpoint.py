@@ -33,7 +33,7 @@ from .method import Method, build_method, transform_of
 from .record import difference
 from .scores import ScoreRecorder
 
-# %% ../nbs/12_checkpoint.ipynb #292947f1
+# %% ../nbs/12_checkpoint.ipynb #ec0657bb
 @dataclass
 class Written:
     "How much of a run's scores lies on the disk"
@@ -64,6 +64,7 @@ class State:
     path: Path | None = None  # of its checkpoint; None before the first
     written: Written = field(default_factory=Written)  # beside that checkpoint
     probe: nn.Module | None = None  # a linear layer that learns along, where the run has one
+    resumed_at: list = field(default_factory=list)  # steps of the checkpoints that it went on from
 
 # %% ../nbs/12_checkpoint.ipynb #f4cc12b7
 def chained(
@@ -170,7 +171,7 @@ def read_history(
         "remove the checkpoint to begin anew."
     )
 
-# %% ../nbs/12_checkpoint.ipynb #8a4f42c2
+# %% ../nbs/12_checkpoint.ipynb #aaefeb46
 CHECKPOINT = {"format": "ftcl-checkpoint", "schema": "2"}
 NOTE = {  # What a run's note holds
     "params", "step", "seconds", "n_train", "images_sum", "weights_sum", "made_with", "columns",
@@ -259,6 +260,7 @@ def as_bytes(
         epoch_columns=epoch_columns,
         loss_sum=s.loss_sum,
         loss_count=s.loss_count,
+        resumed_at=s.resumed_at,
         written=asdict(written),
     )
     text = json.dumps(note)
@@ -427,7 +429,7 @@ def load_state(
         why = str(e).splitlines()[-1].strip()[:300].rstrip(" .")
         raise InputError(f"the checkpoint {path} does not fit its own parameters: {why}.") from None
 
-# %% ../nbs/12_checkpoint.ipynb #74be759b
+# %% ../nbs/12_checkpoint.ipynb #7ab90a08
 def load_momentum(
     optimizer: torch.optim.Optimizer,  # Filled in place
     tensors: dict,  # Of a checkpoint
@@ -487,6 +489,7 @@ def load_checkpoint(
     s.losses = list(tensors["losses"].to(device))
     for name in ("step", "seconds", "loss_sum", "loss_count"):
         setattr(s, name, note[name])
+    s.resumed_at = [*note.get("resumed_at", []), s.step]  # early checkpoints have none
     s.epochs = epochs_of(note["epoch_columns"], tensors["epochs"])
     s.made_with = [made for made in note["made_with"] if made not in s.made_with] + s.made_with
     s.path = path

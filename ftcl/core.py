@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'VIEWS', 'MIX', 'WEIGHTS', 'START', 'HOLDOUT', 'LAYERS', 'PRECISIONS', 'printable', 'InputError', 'shown',
-           'reason', 'nearest', 'one_of', 'is_number', 'positive', 'within', 'whole', 'check_shapes', 'register',
-           'seeded', 'row_blocks', 'constant', 'cpu_computes_bf16', 'native_precision', 'resolve_precision', 'alone',
-           'Processes', 'as_path', 'as_file_name', 'flush', 'replacing', 'remove_unfinished', 'holder', 'is_gone',
-           'locked']
+           'reason', 'nearest', 'one_of', 'is_number', 'positive', 'within', 'whole', 'joined_names', 'check_shapes',
+           'register', 'seeded', 'row_blocks', 'constant', 'cpu_computes_bf16', 'native_precision', 'resolve_precision',
+           'alone', 'Processes', 'as_path', 'as_file_name', 'flush', 'replacing', 'remove_unfinished', 'holder',
+           'is_gone', 'locked']
 
-# %% ../nbs/00_core.ipynb #95c95d6c
+# %% ../nbs/00_core.ipynb #703820f7
 import math
 import os
 import platform
 import re
 import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from numbers import Real
@@ -132,6 +132,27 @@ def whole(
     if isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63:
         return value
     raise InputError(f"{name} is {shown(value)}, but must be a whole number of at least {least}.")
+
+# %% ../nbs/00_core.ipynb #083cab91
+def joined_names(
+    name: str,  # The parameter's name
+    value: str,  # Names joined by +
+    known: Iterable,  # The names that it may hold
+    none: str = "",  # The value that holds no name
+) -> list[str]:  # In the order written
+    "The names in a value; raises `InputError` for one that is unknown, or stands there twice"
+    if value == none:
+        return []
+    names = value.split("+") if isinstance(value, str) else [""]
+    known = list(known)
+    for one in names:
+        if one not in known or names.count(one) > 1:
+            hint = nearest(one, known) if one not in known else ""
+            raise InputError(
+                f"{name} is {shown(value)}, but must be {none or 'empty'}, or one or more of "
+                f"{', '.join(known)} joined by +, each once.{hint}"
+            )
+    return names
 
 # %% ../nbs/00_core.ipynb #2c9b958f
 def check_shapes(

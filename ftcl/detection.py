@@ -11,7 +11,7 @@ __all__ = ['CANVAS_CLASSES', 'CANVASES', 'BOX_COLOURS', 'GROUPS', 'COCO_FILES', 
            'write_predictions', 'read_predictions', 'average_precision', 'check_files', 'transfer_sets', 'class_names',
            'check_encoder_name', 'check_transfer', 'transfer', 'transfer_table']
 
-# %% ../nbs/18_detection.ipynb #439ba914
+# %% ../nbs/18_detection.ipynb #58037af0
 import hashlib
 import json
 import os
@@ -42,9 +42,11 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.ops import MultiScaleRoIAlign, box_convert, masks_to_boxes
+from torchvision.ops import MultiScaleRoIAlign, box_convert, box_iou, masks_to_boxes
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.misc import FrozenBatchNorm2d
+from torchvision.transforms.v2.functional import horizontal_flip_bounding_boxes
+from torchvision.tv_tensors import BoundingBoxFormat
 from tqdm import tqdm
 from .checkpoint import load_encoder
 from .core import LAYERS, ORDER, WEIGHTS, InputError, as_path, is_number, locked, nearest
@@ -55,7 +57,7 @@ from .files import ENDINGS, decode_image, find_source, image_size
 from .record import SCHEMA, Param, check_given, content_hash, declared, existing_record
 from .record import provenance, read_json, read_record, record_path, result_parameters
 from .record import writable, write_record
-from .study import paired, record_paths
+from .study import Comparison, paired, record_paths
 from .train import Precision, Workers, cosine_lr, how_far, pretrain, refuse_surroundings
 from .train import set_lr, set_rounding, some_of
 from .views import MEAN, STD
@@ -156,7 +158,7 @@ def _other_size(what, picture, size):
     found = f"{size[0]} x {size[1]}"
     return f"{what} ({_file_of(picture)}) is {found} pixels, but its annotation says {wanted}"
 
-# %% ../nbs/18_detection.ipynb #84bf5ad0
+# %% ../nbs/18_detection.ipynb #be85f1a0
 CANVAS_CLASSES = ["disc", "ring", "cross"]
 CANVASES = dict(train=(64, 0), val=(32, 1), test=(32, 2))  # images and seed of each split
 
@@ -179,10 +181,8 @@ def _place_figure(size, placed, generator):
     distance = SHAPES[CANVAS_CLASSES[label]](x * cos - y * sin, x * sin + y * cos)
     mask = (distance < 0) & (x.abs() < 1) & (y.abs() < 1)
     box = masks_to_boxes(mask[None])[0].double() + torch.tensor([0.0, 0, 1, 1])
-    for other in placed:
-        apart = (box[:2] >= other.box[2:]) | (other.box[:2] >= box[2:])
-        if not apart.any():
-            return None
+    if placed and box_iou(box[None], torch.stack([other.box for other in placed])).any():
+        return None
     return _Figure(label, mask, box)
 
 def _canvas(size, number, generator):
@@ -266,14 +266,15 @@ def _draw_box(ax, corners, colour):
         box = plt.Rectangle((left, top), across, down, fill=False, color=line, linewidth=width)
         ax.add_patch(box)
 
-# %% ../nbs/18_detection.ipynb #9f3d992f
+# %% ../nbs/18_detection.ipynb #fcc12cf7
 def first_few(
     things: list,  # Texts
     most: int = 3,
+    between: str = ", ",
 ) -> str:
     "The first few of them, and how many more there are"
-    more = f" and {len(things) - most:,} more" if len(things) > most else ""
-    return ", ".join(things[:most]) + more
+    more = f"{between.strip(', ')} and {len(things) - most:,} more" if len(things) > most else ""
+    return between.join(things[:most]) + more
 
 @dataclass
 class Findings:
@@ -304,10 +305,9 @@ class Findings:
         "Print what was mended; raises `InputError` if there is a mistake"
         mistakes = list(dict.fromkeys(self.mistakes))
         if mistakes:
-            first = "; ".join(mistakes[:3])
-            more = f"; and {len(mistakes) - 3:,} more" if len(mistakes) > 3 else ""
+            first = first_few(mistakes, between="; ")
             them = "them" if len(mistakes) > 1 else "it"
-            raise InputError(f"{what} cannot be used: {first}{more}. Mend or remove {them}.")
+            raise InputError(f"{what} cannot be used: {first}. Mend or remove {them}.")
         for places, told in (
             (self.without_area, "without area left out"),
             (self.outside, "cut at the edge of the image, or left out beyond it"),
@@ -875,7 +875,7 @@ def start_encoder(
     how_far(p["checkpoint"])
     return encoder, trained
 
-# %% ../nbs/18_detection.ipynb #1f501afa
+# %% ../nbs/18_detection.ipynb #2f6bac8b
 class _Mirrored(Dataset):
     "Training images, mirrored or not, as torchvision's detectors take them"
     def __init__(self, data, masks):
@@ -892,15 +892,11 @@ class _Mirrored(Dataset):
             wanted["masks"] = target["masks"][kept]  # (n, H, W)
         if mirror:
             image = image.flip(2)
-            wanted["boxes"] = _mirrored(boxes, image.shape[2])
+            size = tuple(image.shape[1:])
+            wanted["boxes"] = horizontal_flip_bounding_boxes(boxes, BoundingBoxFormat.XYXY, size)
             if self.masks:
                 wanted["masks"] = wanted["masks"].flip(2)
         return image, wanted
-
-def _mirrored(boxes, width):
-    "Boxes of a mirrored image"
-    left, top, right, bottom = boxes.unbind(1)  # (n,) each
-    return torch.stack([width - right, top, width - left, bottom], 1)  # (n, 4)
 
 def _as_list(items):
     "A batch: images have several sizes, so they stay a list"
@@ -1353,7 +1349,7 @@ def _run_transfer(p, path, train, test, encoder, trained):
     write_predictions(rows, path.with_suffix(".coco"))
     write_record(record | provenance(device), path)
 
-# %% ../nbs/18_detection.ipynb #2cbcefc2
+# %% ../nbs/18_detection.ipynb #c4b59066
 def _setting_of(record):
     "The setting that a run belongs to, from its name"
     return record["name"].removesuffix(f"-s{record['parameters']['seed']}")
@@ -1376,7 +1372,7 @@ def transfer_table(
     folder: str,  # Of records
     names: list = ("*",),  # Patterns of names, as `random-*`
     metrics: list = ("AP", "AP50", "AP75"),
-) -> pd.DataFrame:  # One row a setting and metric: runs, mean, low, high
+) -> Comparison:  # One row a setting and metric: runs, mean, low, high
     "Mean and 95% interval over seeds of each setting; raises `InputError` for runs that differ"
     settings = {}
     for path in record_paths(as_path("folder", folder), list(names)):
@@ -1397,4 +1393,4 @@ def transfer_table(
             rows.append(row | dict(low=found["low"], high=found["high"]))
     if not rows:
         raise InputError(f"there is no record of a transfer in {str(folder)!r}.")
-    return pd.DataFrame(rows).set_index(["setting", "metric"])
+    return Comparison(rows).set_index(["setting", "metric"])

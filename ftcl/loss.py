@@ -5,24 +5,18 @@
 # %% auto #0
 __all__ = ['scores', 'in_batch', 'temperature', 'positive_logit', 'info_nce', 'reweighted_info_nce', 'streamed_info_nce']
 
-# %% ../nbs/04_loss.ipynb #76c24d11
+# %% ../nbs/04_loss.ipynb #23864e48
 import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from .core import InputError, check_shapes, one_of, positive, row_blocks, shown, within
-from .transform import FLOATS, Negatives, as_negatives, check_vectors
+from .transform import FLOATS, Negatives, as_negatives, check_vectors, runs_eagerly
 
-# %% ../nbs/04_loss.ipynb #55584c29
+# %% ../nbs/04_loss.ipynb #d7c34dad
 _ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # None: PyTorch lacks oneDNN
 
-def _runs_eagerly():
-    "Whether no compiler and no function transform looks on"
-    watched = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return not watched and forward_ad._current_level < 0
-
-# %% ../nbs/04_loss.ipynb #86995a08
+# %% ../nbs/04_loss.ipynb #db92fe7f
 class _OneDNNProduct(torch.autograd.Function):
     "a b^T of a (N, D) and b (M, D) by oneDNN"
     @staticmethod
@@ -46,7 +40,7 @@ def _dense(x):
 def _inner_products(a, b):
     "a b^T, (N, M), of a (N, D) and b (M, D): `a @ b.T`, or oneDNN's where that is faster"
     float32 = a.dtype == b.dtype == torch.float32
-    if not (_ONEDNN_LINEAR and a.device.type == "cpu" and float32 and _runs_eagerly()):
+    if not (_ONEDNN_LINEAR and a.device.type == "cpu" and float32 and runs_eagerly()):
         return a @ b.T
     fits = a.shape[-1] == b.shape[-1] and a.numel() and b.numel()
     return _OneDNNProduct.apply(a, b) if fits else a @ b.T
@@ -154,7 +148,7 @@ def positive_logit(
         return pos / tau
     return 1 / tau - (1 - pos) / temperature("tau_pos", tau_pos)
 
-# %% ../nbs/04_loss.ipynb #dd96e4a2
+# %% ../nbs/04_loss.ipynb #ddb339b0
 def info_nce(
     pos: Tensor,  # (B,)
     neg: Tensor,  # (B, K); minus infinity where a negative is masked
@@ -177,7 +171,7 @@ def info_nce(
     same_type = pos.dtype == neg.dtype
     wide_enough = neg.dtype in (torch.float32, torch.float64)
     wants_gradient = neg.requires_grad and torch.is_grad_enabled()
-    if on_cpu and same_type and wide_enough and wants_gradient and _runs_eagerly():
+    if on_cpu and same_type and wide_enough and wants_gradient and runs_eagerly():
         loss, soft_max = _OnePass.apply(logit, neg, tau)
     else:
         soft_max = _soft_max(neg, tau)  # (B,)

@@ -251,11 +251,11 @@ def write_record(
     with replacing(path) as part:
         part.write_text(text + "\n", encoding="utf-8")
 
-# %% ../nbs/11_record.ipynb #e129350b
+# %% ../nbs/11_record.ipynb #a5198544
 RECORD = dict(  # What a record may hold, beside parameters and metrics, and of what kind
     name=str, measured_on=str, verdict=str, device=str, git_revision=str, versions=dict,
-    arithmetic=dict, pretrained=dict, epochs=list, n_train=int, n_test=int, step=int, steps=int,
-    processes=int, seconds=float, images_per_second=float,
+    arithmetic=dict, pretrained=dict, epochs=list, resumed_at=list, n_train=int, n_test=int,
+    step=int, steps=int, processes=int, seconds=float, images_per_second=float,
 )
 
 def is_epoch(

@@ -7,12 +7,13 @@ __all__ = ['DASHES', 'PANEL', 'ABOVE', 'SCORES', 'SCRIPT', 'CSS', 'HTML', 'OURS'
            'short_text', 'panel_title', 'setting_bands', 'band_outline', 'setting_looks', 'Panel', 'panel_traces',
            'stacked_figure', 'shared_columns', 'chosen_columns', 'statistic_panels', 'score_figure',
            'accuracy_by_epoch', 'study_records', 'third_panel', 'main_columns', 'main_panels', 'column_groups',
-           'grouped', 'untransformed', 'difference_rows', 'html_table', 'differences_html', 'verdict_items',
-           'legend_items', 'curve_note', 'packed', 'page_path', 'page_curves', 'html_report', 'small_png',
-           'paper_style', 'save_figure']
+           'grouped', 'untransformed', 'difference_rows', 'html_table', 'settings_without', 'differences_html',
+           'verdict_items', 'legend_items', 'curve_note', 'packed', 'page_path', 'page_curves', 'html_report',
+           'small_png', 'paper_style', 'rounded', 'in_short', 'save_figure']
 
 # %% ../nbs/15_report.ipynb #545583b9
 import json
+import re
 import sys
 from contextlib import redirect_stdout
 from html import escape
@@ -21,10 +22,13 @@ from itertools import cycle
 from pathlib import Path
 from textwrap import wrap
 from typing import NamedTuple
+from unittest.mock import patch
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import seaborn as sns
+from matplotlib.backends.backend_pdf import Verbatim, pdfRepr
 from matplotlib.figure import Figure
 from PIL import Image
 from plotly.offline import get_plotlyjs
@@ -372,14 +376,22 @@ def difference_rows(
         rows.append(row)
     return pd.DataFrame(rows, [str(label) for label in table.index], names)
 
-# %% ../nbs/15_report.ipynb #6ccfc9af
+# %% ../nbs/15_report.ipynb #a51ffe11
 def html_table(
     table: pd.DataFrame,
 ) -> str:
     "A table in a box that scrolls by itself; whatever it holds is text"
     with pd.option_context("display.max_colwidth", None):  # names as they are
-        rows = table.to_html(border=0, float_format="{:.4g}".format, escape=True)
+        rows = table.to_html(border=0, float_format="{:.4g}".format, na_rep="-", escape=True)
     return f'<div class="scroll">{rows}</div>'
+
+def settings_without(
+    metrics: pd.DataFrame,  # From `read_runs`
+    metric: str,
+) -> list:  # Labels
+    "The settings of which no run has a metric, where others have it"
+    counts = metrics[metric].notna().groupby(level=0, sort=False).sum()
+    return [] if not counts.any() else list(counts.index[counts == 0])
 
 def differences_html(
     metrics: pd.DataFrame | None,  # From `read_runs`; None: nothing is known
@@ -397,14 +409,19 @@ def differences_html(
         return f"{heading}<p>The runs have no such accuracy.</p>"
     if baseline:
         baselines(list(metrics.index.unique()), baseline)
+    lacking = settings_without(metrics, metric)
+    if isinstance(baseline, dict):  # what has lost its baseline is compared with itself, so not
+        baseline = {a: a if b in lacking else b for a, b in baseline.items() if a not in lacking}
+    measured = metrics if baseline in lacking else metrics[~metrics.index.isin(lacking)]
     try:
         with redirect_stdout(StringIO()) as said:
-            rows = difference_rows(metrics, baseline, metric)
+            rows = difference_rows(measured, baseline, metric)
     except InputError as e:
         return f"{heading}<p>The settings are not compared: {escape(str(e))}</p>"
     note = "n: seeds that a setting and its baseline share. The difference is the mean over these. "
-    note += "Without an entry there is nothing to compare with."
-    note = f'<p class="note">{note} {escape(said.getvalue())}</p>'
+    note += "Without an entry there is nothing to compare with. "
+    note += f"Not measured: {', '.join(map(short_text, lacking))}. " if lacking else ""
+    note = f'<p class="note">{escape(note + said.getvalue())}</p>'
     return heading + note + html_table(rows)
 
 # %% ../nbs/15_report.ipynb #6a82d516
@@ -799,6 +816,25 @@ def paper_style():
         plt.close(plt.figure())  # the first figure sets the notebook's own way
         shell.display_formatter.formatters["image/png"].for_type(Figure, small_png)
 
+# %% ../nbs/15_report.ipynb #5f0d2b71
+def rounded(
+    number: re.Match,  # As it stands in a PDF
+) -> bytes:
+    "The same with 2 decimals, or 4 where it is below 1, and without needless zeros"
+    value = float(number[0])
+    value = round(value, 2 if abs(value) >= 1 else 4)
+    return np.format_float_positional(value + 0.0, trim="-").encode()  # + 0.0: no -0
+
+# %% ../nbs/15_report.ipynb #d81f6a35
+def in_short(
+    value: object,  # Anything that a PDF is made of
+) -> bytes:
+    "As Matplotlib writes it into a PDF, but with rounded numbers; text stays as it is"
+    written = pdfRepr(value)
+    if isinstance(value, (float, np.floating, Verbatim)):  # the last holds the points of a path
+        written = re.sub(rb"-?\d*\.\d+", rounded, written)
+    return written
+
 # %% ../nbs/15_report.ipynb #31e260c6
 def save_figure(
     fig: Figure,
@@ -809,7 +845,8 @@ def save_figure(
     png = small_png(fig)
     no_date = dict.fromkeys(("CreationDate", "Producer", "Creator"))
     pdf = BytesIO()
-    fig.savefig(pdf, format="pdf", metadata=no_date)
+    with patch("matplotlib.backends.backend_pdf.pdfRepr", in_short):
+        fig.savefig(pdf, format="pdf", metadata=no_date)
     files = {f"{name}.pdf": pdf.getvalue(), f"{name}.png": png}
     for file, data in files.items():
         with replacing(project() / "figures" / file) as part:

@@ -8,7 +8,7 @@ __all__ = ['QUANTILES', 'SCORE_COLUMNS', 'SOFTMAX_COLUMNS', 'FEATURE_COLUMNS', '
            'softmax_statistics', 'feature_statistics', 'content_sum', 'scores_path', 'ScoreRecorder', 'require_columns',
            'read_scores']
 
-# %% ../nbs/05_scores.ipynb #08af86d4
+# %% ../nbs/05_scores.ipynb #1660b87f
 import hashlib
 import math
 from collections.abc import Callable
@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from .core import InputError, alone, as_path, check_shapes, constant, nearest, positive
 from .core import reason, replacing, row_blocks, shown
 from .loss import positive_logit
+from .transform import known_options
 
 # %% ../nbs/05_scores.ipynb #04d75325
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
@@ -320,9 +321,10 @@ def scores_path(
         raise InputError(f"{path} {problem}") from None
     return path
 
-# %% ../nbs/05_scores.ipynb #c514c447
+# %% ../nbs/05_scores.ipynb #49ffc5ab
 class ScoreRecorder:
     "Statistics of the scores of every recorded step; the K scores themselves are never stored"
+    @known_options
     def __init__(self,
         limit: float = LIMIT,  # Quantiles of `neg` lie in -limit .. limit, to within limit / BINS
         gather: Callable = alone,  # As in `score_statistics`: every process has the whole record

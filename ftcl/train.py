@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'LAUNCHERS', 'ROUNDING', 'LOOP_COLUMNS', 'TRACKERS', 'FITTED_ON', 'Decode', 'ImageColumn', 'Precision',
            'Workers', 'WARM_UP', 'TIMED', 'cosine_lr', 'set_lr', 'check_fit', 'without_settings', 'refuse_surroundings',
-           'leave_processes', 'plain_accelerator', 'set_rounding', 'find_device', 'begin', 'compile_backbones',
-           'seed_layers', 'callers_random_numbers', 'gradient_norms', 'drawn_columns', 'train_step', 'check_finite',
-           'add_up_losses', 'stop_signal', 'any_caught', 'told_to_stop', 'steps_to_come', 'views_to_come',
-           'labels_to_come', 'warn', 'train_epoch', 'readout_settings', 'make_probe', 'teach_probe', 'probe_accuracy',
-           'running_statistics', 'end_epoch', 'tracker_names', 'require_trackers', 'start_tracker', 'RunLog',
-           'run_logs', 'tell', 'progress_bar', 'train_to_end', 'fitted_and_measured', 'measured_entries', 'make_record',
-           'finish', 'readout_names', 'check_run', 'check_scores', 'check_encoder', 'finished_run', 'tidy_up',
-           'decided', 'meet_images', 'run_to_record', 'go_on', 'pretrain', 'start', 'time_steps', 'resident_peak',
-           'sizes_on_disk', 'forecast', 'rehearse', 'is_foreign', 'Subject', 'run_subject', 'foreign_subject',
-           'how_far', 'names_to_read', 'side_of_run', 'some_of', 'sets_of_run', 'sets_of_another', 'sets_to_measure',
-           'foreign_encoder', 'read_subject', 'evaluate_checkpoint']
+           'leave_processes', 'plain_accelerator', 'set_rounding', 'find_device', 'keep_own_buffers', 'begin',
+           'compile_backbones', 'seed_layers', 'callers_random_numbers', 'gradient_norms', 'drawn_columns',
+           'train_step', 'check_finite', 'add_up_losses', 'stop_signal', 'any_caught', 'told_to_stop', 'steps_to_come',
+           'views_to_come', 'labels_to_come', 'warn', 'train_epoch', 'readout_settings', 'make_probe', 'teach_probe',
+           'probe_accuracy', 'running_statistics', 'end_epoch', 'tracker_names', 'require_trackers', 'start_tracker',
+           'RunLog', 'run_logs', 'tell', 'progress_bar', 'train_to_end', 'fitted_and_measured', 'measured_entries',
+           'make_record', 'finish', 'readout_names', 'check_run', 'check_scores', 'check_encoder', 'finished_run',
+           'tidy_up', 'decided', 'meet_images', 'run_to_record', 'go_on', 'pretrain', 'start', 'time_steps',
+           'resident_peak', 'sizes_on_disk', 'forecast', 'rehearse', 'is_foreign', 'Subject', 'run_subject',
+           'foreign_subject', 'how_far', 'names_to_read', 'side_of_run', 'some_of', 'sets_of_run', 'sets_of_another',
+           'sets_to_measure', 'foreign_encoder', 'read_subject', 'evaluate_checkpoint']
 
-# %% ../nbs/13_train.ipynb #fd5de02b
+# %% ../nbs/13_train.ipynb #0186ea1f
 import atexit
 import json
 import math
@@ -35,21 +35,21 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, NamedTuple
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from .checkpoint import CHECKPOINT, State, Written, as_bytes, beside, chained
 from .checkpoint import load_checkpoint, load_encoder, read_note, read_rows
 from .checkpoint import refuse_other_run, remove_parts, save_checkpoint, steps_of
 from .core import LAYERS, MIX, ORDER, PRECISIONS, VIEWS, InputError, Processes
-from .core import alone, locked, nearest, reason, remove_unfinished, replacing
+from .core import alone, joined_names, locked, reason, remove_unfinished, replacing
 from .core import resolve_precision, seeded, shown
 from .data import DATASETS, DECODES, MOST_WORKERS, ImageSet, OnDisk, Sets, data_splits
 from .data import image_shape, load, resolve_workers, run_sets, shuffled
-from .encoder import STEMS, Encoder, encoder_name
+from .encoder import STEMS, Encoder, encoder_name, sync_bn
 from .evaluate import FROZEN, READOUTS, Reading, ReadoutSettings, check_readouts, check_sets
 from .evaluate import class_count, percent_right, read_out, readings, record_entries
 from .evaluate import set_features
@@ -161,7 +161,7 @@ def refuse_surroundings():
             f"torch's default device is {device}: set it to cpu, for a run finds its own."
         )
 
-# %% ../nbs/13_train.ipynb #39034764
+# %% ../nbs/13_train.ipynb #14a7d7c5
 def leave_processes():
     "Leave the group of processes, so that none is waited for when the program ends"
     if torch.distributed.is_initialized():
@@ -175,7 +175,6 @@ def plain_accelerator() -> Accelerator:
                 cpu=not torch.cuda.is_available(),
                 mixed_precision="no",
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-                kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
             )
         except (ValueError, NotImplementedError) as e:
             left = [f"{name}={os.environ[name]}" for name in LAUNCHERS if name in os.environ]
@@ -213,13 +212,24 @@ def find_device(
     refuse_surroundings()
     accelerator = plain_accelerator()
     count = accelerator.num_processes
-    for name, value in (("batch_size", batch_size), ("bn_splits", bn_splits)):
-        if value % count:
-            raise InputError(f"{name} is {value}, but must be a multiple of the {count} processes.")
+    multiple = f"a multiple of the {count} processes"
+    if batch_size % count:
+        raise InputError(f"batch_size is {batch_size}, but must be {multiple}.")
+    if bn_splits % count and bn_splits != 1:
+        raise InputError(f"bn_splits is {bn_splits}, but must be 1 or {multiple}.")
     if count > 1:
         atexit.register(leave_processes)
     set_rounding(accelerator.device)
     return accelerator
+
+def keep_own_buffers(
+    forward: nn.Module,  # From Accelerate: what shares gradients, or the method itself
+):
+    "No process sends its queue and running statistics to the others at each step"
+    for name in ("forward_sync_buffers", "broadcast_buffers"):  # the first since torch 2.13
+        if hasattr(forward, name):
+            setattr(forward, name, False)
+            return
 
 def begin(
     p: dict,  # Parameters of `pretrain`
@@ -230,6 +240,8 @@ def begin(
     count = accelerator.num_processes
     gather = accelerator.gather if count > 1 else alone
     method.distribute(Processes(accelerator.process_index, count, gather))
+    if count > 1 and p["bn_splits"] == 1:
+        sync_bn(method, accelerator.device)
     on_gpu = accelerator.device.type == "cuda"
     groups = []
     for rate in method.rates():
@@ -240,6 +252,7 @@ def begin(
     optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=decay, fused=True)
     with without_settings():
         forward, optimizer = accelerator.prepare(method, optimizer)
+    keep_own_buffers(forward)
     plain = method.has_negatives and not method.hardness and not method.false_share
     recorder = ScoreRecorder(
         gather=gather, tau=method.tau, tau_pos=method.tau_pos, is_info_nce=plain
@@ -578,23 +591,14 @@ def end_epoch(
     s.loss_count = 0
     bar.set_postfix({name: f"{value:.4g}" for name, value in row.items()})
 
-# %% ../nbs/13_train.ipynb #4617722e
+# %% ../nbs/13_train.ipynb #9a72e7ea
 TRACKERS = ["tensorboard", "trackio", "wandb"]  # of Accelerate; a package has the same name
 
 def tracker_names(
     log_with: str,  # Names of `TRACKERS`, joined by +; empty: none
 ) -> list:
     "The trackers that are asked for; raises `InputError` for an unknown one"
-    names = log_with.split("+") if log_with else []
-    for name in names:
-        if name not in TRACKERS or names.count(name) > 1:
-            known = ", ".join(TRACKERS)
-            hint = nearest(name, TRACKERS) if name not in TRACKERS else ""
-            raise InputError(
-                f"log_with is {shown(log_with)}, but must be empty, or one or more of {known} "
-                f"joined by +, each once.{hint}"
-            )
-    return names
+    return joined_names("log_with", log_with, TRACKERS)
 
 def require_trackers(
     log_with: str,  # As in `tracker_names`
@@ -805,7 +809,7 @@ def measured_entries(
     words = fitted_and_measured(p["dataset"], p["evaluate_on"], sets.measured_on)
     return record_entries(found, *words)
 
-# %% ../nbs/13_train.ipynb #8cfa7270
+# %% ../nbs/13_train.ipynb #f7b44dc2
 def make_record(
     s: State,
     sets: Sets,
@@ -834,6 +838,8 @@ def make_record(
     record |= s.made_with[-1]
     if len(s.made_with) > 1:
         record["before_resume"] = s.made_with[:-1]
+    if s.resumed_at:
+        record["resumed_at"] = s.resumed_at
     return record
 
 def finish(
@@ -847,23 +853,12 @@ def finish(
     write_record(record, path)
     remove_parts(path.with_suffix(".safetensors"))
 
-# %% ../nbs/13_train.ipynb #1f6f3cfa
+# %% ../nbs/13_train.ipynb #40a076e4
 def readout_names(
     readouts: str,  # Names of `READOUTS`, joined by +; `none`; empty: `FROZEN`
 ) -> list:
     "The readouts that are asked for; raises `InputError` for an unknown one"
-    if readouts == "none":
-        return []
-    names = readouts.split("+") if readouts else FROZEN
-    for name in names:
-        if name not in READOUTS or names.count(name) > 1:
-            known = ", ".join(READOUTS)
-            hint = nearest(name, READOUTS) if name not in READOUTS else ""
-            raise InputError(
-                f"readouts is {shown(readouts)}, but must be none, or one or more of {known} "
-                f"joined by +, each once.{hint}"
-            )
-    return names
+    return FROZEN if readouts == "" else joined_names("readouts", readouts, READOUTS, "none")
 
 def check_run(
     p: dict,  # Parameters of `pretrain`, all or some
@@ -1430,7 +1425,7 @@ def names_to_read(
         )
     return read
 
-# %% ../nbs/13_train.ipynb #2151a5b6
+# %% ../nbs/13_train.ipynb #2b916c57
 def side_of_run(
     trained: dict,  # Parameters of a pretraining
 ) -> int | None:  # Pixels; None: there was no run
@@ -1484,8 +1479,7 @@ def sets_of_another(
     columns = {column: p[column] for column in ("image_column", "label_column")}
     size = p["size"] or side_of_run(trained)
     sets = run_sets(name, size, decode=p["decode"], **columns)
-    split = "test" if "test" in splits else "validation"
-    return sets._replace(measured_on=f"{name}: {split} split")
+    return sets._replace(measured_on=f"{name}: {sets.measured_on}")
 
 def sets_to_measure(
     p: dict,  # Parameters of `evaluate_checkpoint`

@@ -7,22 +7,25 @@ __all__ = ['FLOATS', 'LEVELS', 'TRANSFORMS', 'ALIASES', 'CURVES', 'extrapolate',
            'sample_beta', 'check_memory', 'check_generator', 'Options', 'reach', 'reach_or_zero', 'Negatives',
            'as_negatives', 'Transform', 'mean_of', 'Extrapolation', 'Interpolation', 'transform_names', 'check_vectors',
            'Schedule', 'schedule', 'check_strength', 'check_alpha', 'mean_of_others', 'is_auto', 'check_limit', 'Auto',
-           'FeatureTransform', 'check_strength_tensor', 'on_arc', 'EasierPositives', 'ArcExtrapolation',
-           'NegativeExtrapolation', 'ArcInterpolation', 'Synthetic', 'MoCHi', 'SynCoIn', 'SynCoEx', 'SynCoMix',
-           'SynCoNoise', 'SynCoGrad', 'SynCoSign']
+           'runs_eagerly', 'warn_of_vectors', 'known_options', 'FeatureTransform', 'check_strength_tensor', 'on_arc',
+           'EasierPositives', 'ArcExtrapolation', 'NegativeExtrapolation', 'ArcInterpolation', 'Synthetic', 'MoCHi',
+           'SynCoIn', 'SynCoEx', 'SynCoMix', 'SynCoNoise', 'SynCoGrad', 'SynCoSign']
 
-# %% ../nbs/03_transform.ipynb #d4ddae41
+# %% ../nbs/03_transform.ipynb #49c722a9
 import math
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
+from inspect import signature
 from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.special import betaincinv
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from .core import InputError, Processes, check_shapes, is_number, nearest, one_of
 from .core import positive, register, row_blocks, shown, whole, within
 
@@ -620,7 +623,67 @@ class Auto(nn.Module):
         self.strength = torch.minimum(wanted, highest)
         return self.strength
 
-# %% ../nbs/03_transform.ipynb #6cc147ba
+# %% ../nbs/03_transform.ipynb #eb2938fb
+def runs_eagerly() -> bool:
+    "Whether no compiler and no function transform looks on"
+    watched = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return not watched and forward_ad._current_level < 0
+
+def warn_of_vectors(
+    q: Tensor,  # (B, D)
+    k: Tensor,  # (B, D)
+    negatives: Negatives,
+):
+    "Warn of vectors that are not of length 1, and of a query that meets its own key"
+    named = {"q": q, "k": k, "keys": negatives.shared, "own keys": negatives.own}
+    named = {name: x.detach() for name, x in named.items() if x is not None and x.numel()}
+    if not _can_be_read(*named.values()):
+        return
+    lengths = {name: x.norm(dim=-1).float().median().item() for name, x in named.items()}
+    wrong = [f"{name} {length:.3g}" for name, length in lengths.items() if abs(length - 1) > 0.02]
+    if wrong:
+        warnings.warn(f"vectors should have the length 1, but have {', '.join(wrong)} (median): "
+                      "normalise them first, as q = torch.nn.functional.normalize(q, dim=1).",
+                      stacklevel=5)
+    if len(q) and _meets_its_own(q.detach(), k.detach(), negatives):
+        warnings.warn("keys hold the first query's own key, or the query itself, so it is pushed "
+                      "away from what it is pulled to: fill the queue after the scores are taken, "
+                      "or give a mask that is True there, as in_batch of ftcl.loss does.",
+                      stacklevel=5)
+
+def _can_be_read(*tensors):
+    "Whether these are plain tensors with numbers, and no GPU records what is done"
+    if any(type(x) not in (Tensor, nn.Parameter) or x.is_meta for x in tensors):
+        return False
+    on_gpu = any(x.is_cuda for x in tensors)
+    return not (on_gpu and torch.cuda.is_current_stream_capturing())
+
+def _meets_its_own(q, k, negatives):
+    "Whether the first query's negatives hold its key or itself, to the bit"
+    met = []
+    if negatives.shared is not None:
+        mask = negatives.mask
+        met.append(negatives.shared if mask is None else negatives.shared[~mask[0]])  # (n, D)
+    if negatives.own is not None:
+        met.append(negatives.own[0])  # (S, D)
+    told_apart = [x[0] for x in (q, k) if len(x) == 1 or not torch.equal(x[0], x[-1])]  # (D,)
+    return any(bool((keys == x).all(1).any()) for keys in met for x in told_apart)
+
+# %% ../nbs/03_transform.ipynb #ac88f0be
+def known_options(
+    init: Callable,  # `__init__` of a class
+) -> Callable:  # The same, which raises `InputError` for a keyword that it does not know
+    "An `__init__` that names the nearest option where a keyword is misspelt"
+    known = list(signature(init).parameters)[1:]
+    @wraps(init)
+    def checked(self, *given, **named):
+        for name in named:
+            if name not in known:
+                raise InputError(f"{type(self).__name__} has no option {name!r}, only "
+                                 f"{', '.join(known)}.{nearest(name, known)}")
+        init(self, *given, **named)
+    return checked
+
 def _of_options(name):
     "A property that is kept in `options`, where every transformation of the step reads it"
     def read(self):
@@ -636,9 +699,11 @@ class FeatureTransform(nn.Module):
     taken, since runs may share a call. A tensor as `strength` is one number, or (D,) at level
     dimension. A `Parameter` learns.
     """
+    looked = False  # whether the vectors of a first call have been looked at
     generator = _of_options("generator")  # of all draws
     processes = _of_options("processes")  # the `Processes` that share every batch
 
+    @known_options
     def __init__(self,
         mixing: str = "posneg",  # `none`, or names joined by +: `pos`, `neg`, `pos+neg` (`posneg`)
         level: str = "feature",  # One l a step, one per `sample`, or one per `dimension` of each
@@ -726,7 +791,7 @@ class FeatureTransform(nn.Module):
         """Transform a step's vectors; raises `InputError` for shapes that do not fit
 
         Keys that are copies of the batch's vectors, as `torch.cat([q, k])`, need a mask. Without
-        one a query meets its own key, and nothing here can tell them from a queue.
+        one a query meets its own key. The first call warns of that, as `warn_of_vectors` does.
         """
         negatives = as_negatives(keys, mask)
         check_vectors(q, k, negatives)
@@ -734,6 +799,9 @@ class FeatureTransform(nn.Module):
         if negatives.mask is None and (_is_same(shared, q) or _is_same(shared, k)):
             raise InputError("keys are the batch's own vectors, so a query would meet its own key: "
                              "give a mask, as in_batch of ftcl.loss does.")
+        if runs_eagerly() and self.parts and not self.looked:
+            self.looked = True
+            warn_of_vectors(q, k, negatives)
         self.drawn = {}
         if self.parts:
             self.set_strength(q, k)

@@ -147,7 +147,9 @@ def write_study(folder, **changes):
     "The study that `snakemake runs` finds in the folder"
     settings = {name: dict(seeds=[0]) for name in NAMES}
     study = dict(about="One run, twice", shared=RUN | changes, settings=settings)
-    (folder / "studies.yaml").write_text(yaml.safe_dump({"tiny": study}))
+    encoders = dict(about="None: other rules look for them", shared={}, settings={})
+    studies = {"tiny": study, "cifar10-transfer": encoders}
+    (folder / "studies.yaml").write_text(yaml.safe_dump(studies))
 
 
 @contextlib.contextmanager
@@ -181,10 +183,11 @@ def running():
 
 
 def contents(path):
-    "What a run left: the bytes of its scores, and its record but for its name and times"
+    "The bytes of a run's scores, and its record but for its name, its times and its stops"
     record = json.loads(path.with_suffix(".json").read_text())
     for name in ("name", "seconds", "images_per_second"):
         del record[name]
+    record.pop("resumed_at", None)
     return path.with_suffix(".parquet").read_bytes(), record
 
 

@@ -6,6 +6,7 @@ import random
 import warnings
 from copy import deepcopy
 from fractions import Fraction
+from inspect import signature
 from io import BytesIO
 
 import numpy as np
@@ -23,6 +24,7 @@ from ftcl.methods.barlow import barlow_loss, cross_correlations
 from ftcl.methods.infomin import orders
 from ftcl.methods.swav import swapped_loss
 from ftcl.queue import Queue
+from ftcl.scores import ScoreRecorder
 from ftcl.transform import LEVELS, TRANSFORMS, FeatureTransform, Options, Transform
 from ftcl.transform import Negatives, beta_parameter, check_memory, check_strength
 from ftcl.transform import extrapolate, interpolate, mean_of, sample_beta, schedule
@@ -116,7 +118,7 @@ def at_level(level):
 
 
 POS, NEG = scores(unit(B, D), unit(B, D).flip(0), unit(K, D))
-VECTORS = (unit(B, D), unit(B, D).flip(0), unit(K, D))
+VECTORS = (unit(B, D), unit(B, D).flip(0), unit(B + K, D)[B:])
 PUBLIC = {  # name: function, arguments that are right
     "extrapolate": (extrapolate, (VECTORS[0], VECTORS[1], 1.5)),
     "interpolate": (interpolate, (VECTORS[2], 0.5, torch.arange(K).flip(0))),
@@ -204,9 +206,10 @@ def ordinary(value):
 
 
 def attempt(f, arguments):
-    "A result without NaN, or one sentence; never a raw error or a warning"
+    "A result without NaN, or one sentence; never a raw error, nor a warning of another kind"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "vectors should have the length 1|keys hold the first")
         try:
             result = f(*arguments)
         except InputError as e:
@@ -552,13 +555,15 @@ def test_neg_limit_is_always_looked_at(wrong, strength):
 def test_messages_call_a_transformation_as_users_do():
     q, k, keys = VECTORS
     with pytest.raises(InputError, match=r"^neg needs negatives .* give keys \(K, D\)"):
-        shared("neg")(q, k, unit(B, 3, D))
+        shared("neg")(q, k, unit(2 * B, 3, D)[B:])
     with pytest.raises(InputError, match="but neg_arc knows only feature and sample"):
         shared("neg_arc", level="dimension")
     with pytest.raises(InputError, match="^q holds torch.int32, but must hold floating-point"):
         shared("pos")(q.int(), k, keys)
 
 
+@pytest.mark.filterwarnings("ignore:keys hold the first")
+@pytest.mark.filterwarnings("ignore:vectors should have")
 def test_keys_that_share_the_memory_of_the_batch_need_a_mask():
     q, k, _ = VECTORS
     transform = shared("posneg")
@@ -734,3 +739,96 @@ def test_processes_leave_no_batch_uneven():
     method.distribute(Processes(0, 3, lambda x: x))
     with pytest.raises(InputError, match="the batch of 4 must be a multiple of its 3 parts"):
         method.encode_keys(views())
+
+
+@pytest.mark.parametrize(
+    "kind, wrong, near",
+    [
+        (FeatureTransform, "strenght", "strength"),
+        (FeatureTransform, "alpha_negative", "alpha_neg"),
+        (ScoreRecorder, "tau_positive", "tau_pos"),
+    ],
+)
+def test_a_misspelt_option_is_named_with_the_nearest(kind, wrong, near):
+    said = f"{kind.__name__} has no option '{wrong}', only .*Did you mean '{near}'"
+    with pytest.raises(InputError, match=said):
+        kind(**{wrong: 0.3})
+    assert near in signature(kind).parameters  # it is documented as before
+    with pytest.raises(TypeError, match="multiple values"):
+        kind("pos", **{next(iter(signature(kind).parameters)): "pos"})
+
+
+def row(seed, n=B):
+    "Unit vectors of a seed"
+    return F.normalize(torch.randn(n, D, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def warnings_of(transform, *vectors):
+    "What a call warns of"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        transform(*vectors)
+    return [str(o.message) for o in caught]
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_vectors_of_another_length_are_told_once(place):
+    vectors = [row(1), row(2), row(3, K)]
+    vectors[place] = 3 * vectors[place]
+    transform = shared("posneg", strength="auto")
+    (said,) = warnings_of(transform, *vectors)
+    assert f"should have the length 1, but have {['q', 'k', 'keys'][place]} 3 (median)" in said
+    assert "q = torch.nn.functional.normalize(q, dim=1)" in said
+    assert not warnings_of(transform, *vectors)  # no number is read at a later step
+    assert not warnings_of(shared("none"), *vectors)  # nothing is transformed
+
+
+@pytest.mark.parametrize(
+    "negatives",
+    [
+        lambda q, k: k.clone(),
+        lambda q, k: torch.cat([row(3, K), k]),  # a queue that was filled too early
+        lambda q, k: torch.cat([q, k]),
+        lambda q, k: Negatives(torch.cat([q, k]), mask=~in_batch(q, k)[3]),  # the wrong way round
+        lambda q, k: Negatives(own=k.expand(B, B, D)),
+    ],
+)
+def test_a_query_that_meets_its_own_key_is_told_once(negatives):
+    q, k = row(1), row(2)
+    transform = shared("pos")
+    (said,) = warnings_of(transform, q, k, negatives(q, k))
+    assert said.startswith("keys hold the first query's own key") and "give a mask" in said
+    assert not warnings_of(transform, q, k, negatives(q, k))
+
+
+def test_right_vectors_are_not_told():
+    q, k = row(1), row(2)
+    one = row(1, 1).expand(B, D)  # an encoder that has collapsed
+    for vectors in (
+        (q, k, row(3, K)),
+        in_batch(q, k),
+        (q, k, row(3, B * B).view(B, B, D)),
+        (one, one.clone(), one.clone()),
+        (q[:0], k[:0], row(3, K)),
+        (q, k, row(3, 0)),
+        tuple(x.bfloat16() for x in (q, k, row(3, K))),
+    ):
+        assert not warnings_of(shared("pos"), *vectors)
+
+
+def test_what_has_no_numbers_is_not_looked_at():
+    vectors = (3 * row(1), row(2), row(3, K))
+    for look in (
+        lambda f: torch.func.vmap(lambda q: f(q, *vectors[1:])[0], randomness="same")(
+            torch.stack([vectors[0]] * 2)
+        ),
+        lambda f: torch.func.grad(lambda q: f(q, *vectors[1:])[0].sum())(vectors[0]),
+        lambda f: f(*(x.to("meta") for x in vectors)),
+    ):
+        assert not warnings_of(look, FeatureTransform("posneg"))
+    transform = FeatureTransform("posneg")
+    compiled = torch.compile(lambda *x: transform(*x)[0], backend="eager")
+    assert not [said for said in warnings_of(compiled, *vectors) if "length 1" in said]
+    assert not transform.looked
+    assert len(warnings_of(transform, *vectors)) == 1
+    assert len(warnings_of(deepcopy(FeatureTransform("posneg")), *vectors)) == 1

@@ -50,6 +50,9 @@ class Page(HTMLParser):
 def book(tmp_path_factory):
     "The folder that `make book` leaves"
     out = tmp_path_factory.mktemp("book") / "_book"
+    (out / "nbs" / "figures").mkdir(parents=True)
+    for name in ("nbs/gone.html", "nbs/figures/gone.html", "own.txt", "nbs/own.txt"):
+        (out / name).write_text("of an earlier build, or somebody's own")
     tools = os.path.dirname(sys.executable)
     command = ["make", "-s", "-o", ".venv/ready", "book", f"BOOK={out}", f"BIN={tools}"]
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -103,6 +106,11 @@ def test_every_notebook_is_a_page_without_directives_and_hidden_cells(book):
         assert "skip_exec" not in text and ">default_exp" not in text
 
 
+def test_pages_whose_notebook_is_gone_go_and_nothing_else(book):
+    assert not list(book.rglob("gone.html"))
+    assert (book / "own.txt").is_file() and (book / "nbs" / "own.txt").is_file()
+
+
 def test_every_link_leads_to_a_file_and_an_anchor(pages):
     count = 0
     for path, page in pages.items():
@@ -134,18 +142,28 @@ def test_every_picture_is_a_figure_with_words_in_place_of_it(pages, book):
 
 
 def test_the_caption_is_the_title_or_what_the_index_says_or_the_heading():
-    def caption(source, known):
-        return notebooks.figure(source, "How much?", "Seeds", known)["figure"]["caption"]
+    def caption(source, known, heading="Seeds", prose=""):
+        return notebooks.figure(source, "How much?", heading, known, prose)["figure"]["caption"]
 
     saved = 'save_figure(fig, "a-b")'
     assert caption("plt.plot()", {}) == "Seeds"
-    assert caption(saved, {}) == "How much? Seeds"
+    assert caption(saved, {}) == "How much? Seeds."
+    assert caption(saved, {}, "The picture") == "How much?"
+    axes = 'ax.set(xlabel="step", ylabel="$S$")'
+    assert caption(axes, {}) == "Seeds. Drawn: $S$, against step."
+    assert caption(axes, {}, "The picture") == "How much? Drawn: $S$, against step."
+    told = "## Two pictures\n\nThree runs. The picture has [all](a.ipynb) of them. **Left**: one."
+    assert caption(axes, {}, "Why?", told) == "Why? The picture has all of them."
+    assert caption('ax.set(ylabel="loss (nats)")', {}) == "Seeds. Drawn: loss (nats)."
+    assert caption('ax.set(xlabel="step")', {}) == "Seeds"
     assert caption(saved, {"a-b": "Known"}) == "Known"
     assert caption(f'fig.suptitle("Own")\n{saved}', {"a-b": "Known"}) == "Own"
     assert caption('title = "One\\nline"\n%matplotlib inline', {}) == "One line"
     assert caption('title = "Of {} runs"\nax.set_title("a part")', {}) == "Seeds"
     about = notebooks.figure('ax.set(xlabel="step")\nax.set_ylabel("$S$")', "", "`k`", {})
-    assert about["image"]["alt"] == "k (axes: step, S)"
+    assert about["image"]["alt"] == "k. Drawn: S, against step."
+    own = notebooks.figure('title = "Own"\nax.set(xlabel="step")', "", "`k`", {})
+    assert own["image"]["alt"] == "Own (axes: step)"
 
 
 def test_papers_are_cited_and_listed(pages, book):
@@ -162,6 +180,11 @@ def test_a_paper_that_is_not_in_the_list_is_named():
     assert notebooks.unknown_papers(text, KEYS) == ["1234.56789"]
     assert notebooks.markdown(text, KEYS).startswith("(arXiv 2108.02982 {cite:p}`zhu2021`) [a](h")
     assert notebooks.markdown("`arXiv 2108.02982`", KEYS) == "`arXiv 2108.02982`"
+
+
+def test_a_comment_is_for_tools_and_not_for_readers():
+    text = "> one line\n\n<!-- nbdev:\n- skip_exec: true\n-->\n\n`<!-- kept -->` Words."
+    assert notebooks.markdown(text, {}) == "> one line\n\n\n`<!-- kept -->` Words."
 
 
 def test_links_to_a_repository_need_one():

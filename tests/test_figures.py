@@ -1,6 +1,7 @@
 "Every figure has a notebook, a rule and a picture; the graph redraws what is missing, no more"
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -9,6 +10,8 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
@@ -22,10 +25,16 @@ FIGURES = sorted((ROOT / "nbs" / "figures").glob("[!.]*.ipynb"))
 STUDIES = read_studies(ROOT / "studies.yaml")
 
 
-def snakemake(folder, *command):
-    "Standard output and error of a run in `folder`"
+def started(folder, *command, **environment):
+    "A run of snakemake in `folder` that has ended, well or not"
     command = [sys.executable, "-m", "snakemake", "--cores", "2", *command]
-    run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    environment = os.environ | environment
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def snakemake(folder, *command, **environment):
+    "Standard output and error of a run in `folder`"
+    run = started(folder, *command, **environment)
     assert run.returncode == 0, run.stderr
     return run.stdout + run.stderr
 
@@ -59,12 +68,22 @@ def test_every_item_of_the_paper_has_a_notebook():
     assert sorted(items) == list(range(1, 13))
 
 
-def test_the_graph_redraws_what_is_missing_and_nothing_else(tmp_path):
-    for part in ("Snakefile", "studies.yaml", "nbs/figures/interpolation.ipynb"):
-        (tmp_path / part).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / part, tmp_path / part)
+DRAWN = ROOT / "nbs" / "figures" / "interpolation.ipynb"  # takes few seconds, saves two pictures
+
+
+def tree(folder):
+    "What one figure needs of the project, in a folder of its own"
+    for part in ("Snakefile", "studies.yaml", DRAWN.relative_to(ROOT)):
+        (folder / part).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / part, folder / part)
     records = Path("results", "cifar10-momentum")
-    shutil.copytree(ROOT / records, tmp_path / records)
+    shutil.copytree(ROOT / records, folder / records)
+    (folder / "figures").mkdir()
+    return folder
+
+
+def test_the_graph_redraws_what_is_missing_and_nothing_else(tmp_path):
+    tree(tmp_path)
     files = pictures()["interpolation"]
     assert "figure_interpolation" in snakemake(tmp_path, *files)
     assert all((tmp_path / file).exists() for file in files)
@@ -72,6 +91,66 @@ def test_the_graph_redraws_what_is_missing_and_nothing_else(tmp_path):
     (tmp_path / files[0]).unlink()
     assert "1 of 1 steps" in snakemake(tmp_path, *files)
     assert (tmp_path / files[0]).exists()
+
+
+def drawn(folder, seed, noise):
+    "name: bytes of each picture, with another order of sets, and another last digit of all scores"
+    tree(folder)
+    rng = np.random.default_rng(int(seed))
+    for path in (folder / "results" / "cifar10-momentum").glob("*.parquet"):
+        frame = pd.read_parquet(path)
+        frame.attrs = {}  # the checksum is that of the old numbers
+        scores = frame.columns.difference(["step"])
+        frame[scores] *= 1 + noise * rng.standard_normal((len(frame), len(scores)))
+        frame.to_parquet(path)
+    snakemake(folder, "figure_interpolation", PYTHONHASHSEED=seed)
+    return {path.name: path.read_bytes() for path in (folder / "figures").iterdir()}
+
+
+def test_a_last_digit_changes_no_byte_of_a_picture(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    plain = drawn(tmp_path / "a", "1", 0)
+    assert {f"figures/{name}" for name in plain} == set(pictures()["interpolation"])
+    other = drawn(tmp_path / "b", "2", 1e-9)
+    assert [name for name in plain if plain[name] != other[name]] == []
+
+
+KILL = """
+import os, signal
+from pathlib import Path
+files = [str(path) for path in Path("figures").iterdir() if path.stat().st_size]
+Path("seen").write_text(" ".join(files))
+os.kill(os.getppid(), signal.SIGKILL)
+os._exit(1)
+"""
+
+
+def test_a_killed_drawing_leaves_the_old_pictures_and_is_drawn_anew(tmp_path):
+    tree(tmp_path)
+    files = pictures()["interpolation"]
+    for file in files:
+        (tmp_path / file).write_text("old")
+    notebook = tmp_path / DRAWN.relative_to(ROOT)
+    cut = json.loads(notebook.read_text())
+    (first, _) = [i for i, o in enumerate(cut["cells"]) if "save_figure(" in "".join(o["source"])]
+    killer = dict(cut["cells"][first], source=KILL, id="killer", outputs=[])
+    cut["cells"].insert(first + 1, killer)
+    notebook.write_text(json.dumps(cut))
+    assert started(tmp_path, "figure_interpolation").returncode != 0
+    assert set((tmp_path / "seen").read_text().split()) == set(files)
+    assert {(tmp_path / file).read_text() for file in files} == {"old"}
+    shutil.copy2(DRAWN, notebook)  # older than the pictures
+    assert "1 of 1 steps" in snakemake(tmp_path, "figure_interpolation")
+    assert all((tmp_path / file).stat().st_size > 5000 for file in files)
+    assert "Nothing to be done" in snakemake(tmp_path, "figure_interpolation")
+
+
+def test_the_graph_asks_of_each_figure_whether_it_was_drawn_to_its_end():
+    planned = snakemake(ROOT, "--dry-run", "--forceall", "figures")
+    asked = re.findall(r"rule figures:\n    input: (.*)", planned)
+    flags = {part.strip() for part in asked[0].split(",") if part.endswith(".drawn")}
+    assert flags == {f"runs/figures/{path.stem}.drawn" for path in FIGURES}
 
 
 def test_drawing_never_trains():

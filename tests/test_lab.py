@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import sys
 import time
 
@@ -32,6 +33,13 @@ BROWSER_OPTIONS = [
     "--disable-background-networking",
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # it finds this machine alone
 ]
+IN_VIEW = """cell => {  // whether the last picture and the progress bar can be seen as a whole
+    const view = cell.closest('.jp-WindowedPanel-outer').getBoundingClientRect();
+    const seen = box => box.top >= view.top - 1 && box.bottom <= view.bottom + 1;
+    const bar = cell.querySelector('[data-mime-type$=stderr]');
+    const picture = cell.querySelector('img');
+    return seen(bar.getBoundingClientRect()) && seen(picture.getBoundingClientRect());
+}"""
 WATCH = """cell => {
     window.seen = {pictures: [], most: 0, bars: [], prompts: []};
     const add = (list, x) => { if (!list.includes(x)) list.push(x) };
@@ -58,7 +66,7 @@ def lab(tmp_path_factory):
         path.write_text(json.dumps(setting))
     own = {f"JUPYTER_{n}_DIR": str(home / n) for n in ("CONFIG", "DATA", "RUNTIME")}
     own |= {f"JUPYTERLAB_{n}_DIR": str(home / n) for n in ("SETTINGS", "WORKSPACES")}
-    own |= dict(OMP_NUM_THREADS="1")
+    own |= dict(OMP_NUM_THREADS="1", JUPYTER_CONFIG_PATH=str(ROOT / "profiles" / "jupyterlab"))
     command = [sys.executable, "-m", "jupyterlab", *OPTIONS, f"--ServerApp.root_dir={home}"]
     with open(home / "log", "w") as log:
         server = psutil.Popen(command, env=os.environ | own, stdout=log, stderr=log)
@@ -100,17 +108,21 @@ def test_curves_grow_in_place(lab, page, name, changes, runs, curves):
     home, address = lab
     notebook = nbformat.read(ROOT / "nbs" / f"{name}.ipynb", 4)
     cell = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
-    changes |= dict(batch_size=32, queue_size=256, knn_every=0, out="runs")
+    changes |= dict(batch_size=32, queue_size=256, knn_every=0, out="runs/kept")
     cell.source = "\n".join([cell.source, *(f"{n} = {v!r}" for n, v in changes.items())])
-    nbformat.write(notebook, home / f"{name}.ipynb")
+    (home / "nbs").mkdir(exist_ok=True)
+    nbformat.write(notebook, home / "nbs" / f"{name}.ipynb")
 
-    page.goto(f"{address}/workspaces/{name}/tree/{name}.ipynb")
+    page.goto(f"{address}/workspaces/{name}/tree/nbs/{name}.ipynb")
     page.get_by_text(re.compile("ipykernel.*Idle")).wait_for()
     # the editor's text has no line ends: the arguments follow after the next line's spaces
     training = page.locator(".jp-CodeCell", has_text=re.compile(r"pretrain\((\*\*|\s)"))
     training.evaluate(WATCH)
     page.get_by_text("Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
+    training.locator("img").wait_for()
+    page.wait_for_timeout(200)  # till the page stands still
+    assert training.evaluate(IN_VIEW), "Run All took the curves or the bar out of view"
     last_prompt = page.locator(".jp-CodeCell .jp-InputPrompt").last
     expect(last_prompt).to_have_text(re.compile(r"\[\d+\]:"), timeout=120_000)
 
@@ -121,5 +133,21 @@ def test_curves_grow_in_place(lab, page, name, changes, runs, curves):
     for run in runs:
         assert any(re.match(rf"{run}: .*<\d\d:\d\d, ", bar) for bar in seen["bars"]), run
     assert training.locator("img").count() == 0
-    assert not training.locator(".jp-OutputArea-output").all_text_contents()[-1].strip()
+    assert not "".join(training.locator(".jp-OutputArea-output").all_text_contents()).strip()
+    assert {p.stem for p in (home / "runs" / "kept").glob("*.json")} == set(runs)
+    assert not (home / "nbs" / "runs").exists()
     assert page.locator(".jp-CodeCell", has_text="plot_scores(").locator("img").count() == curves
+
+
+@pytest.mark.parametrize("name", ["pretrain", "05_scores"])
+def test_opening_changes_nothing(lab, page, name):
+    "And neither a box above the title nor a cell of imports meets the reader"
+    home, address = lab
+    (home / "nbs").mkdir(exist_ok=True)
+    shutil.copy(ROOT / "nbs" / f"{name}.ipynb", home / "nbs" / f"opened-{name}.ipynb")
+    page.goto(f"{address}/workspaces/opened-{name}/tree/nbs/opened-{name}.ipynb")
+    page.get_by_text(re.compile("ipykernel.*Idle")).wait_for()
+    page.wait_for_timeout(2000)  # it would be marked a moment later
+    assert not page.locator("#jp-main-dock-panel .lm-TabBar-tab.jp-mod-dirty").count()
+    assert page.locator(".jp-Notebook .jp-Cell").first.locator("h1").count() == 1
+    assert not page.get_by_text("skip_exec").count()

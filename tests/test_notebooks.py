@@ -13,6 +13,8 @@ import nbformat
 import pandas as pd
 import pytest
 import torch
+from nbdev.frontmatter import FrontmatterProc
+from nbdev.process import NBProcessor
 from packaging.requirements import Requirement
 
 from ftcl import detection, record, train
@@ -47,7 +49,24 @@ def parameter_lines(name):
 def parameters(name):
     "Parameters of a run notebook: name -> value"
     statements = ast.parse("\n".join(parameter_lines(name))).body
-    return {s.targets[0].id: ast.literal_eval(s.value) for s in statements}
+    return {s.target.id: ast.literal_eval(s.value) for s in statements}
+
+
+def written_types(name):
+    "Their annotations, as `float or str`"
+    statements = ast.parse("\n".join(parameter_lines(name))).body
+    return {s.target.id: ast.unparse(s.annotation).strip("'") for s in statements}
+
+
+def type_in_words(kind):
+    "As papermill can read it: `float or str`, for it reads no `|`"
+    return " or ".join(one.__name__ for one in get_args(kind) or [kind])
+
+
+def comments(name):
+    "Their comments"
+    lines = "\n".join(parameter_lines(name))
+    return dict(re.findall(r"^(\w+): .*? = .*?  # (.*)$", lines, re.M))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -151,12 +170,14 @@ def test_parameters_are_those_of_the_function(name):
     )[name]
     assert set(given) - added == set(known) - left_out
     assert [n for n in given if n not in added] == [n for n in known if n in given]
-    comments = dict(re.findall(r"^(\w+) = .*?  # (.*)$", "\n".join(parameter_lines(name)), re.M))
+    said = comments(name)
+    types = written_types(name)
     for parameter in set(given) - added:
         kind, default, about = known[parameter]
         assert type(given[parameter]) in (get_args(kind) or [kind]), parameter
         assert given[parameter] == default or parameter in own_default, parameter
-        assert comments[parameter] == about.help, parameter
+        assert types[parameter] == type_in_words(kind), parameter
+        assert said[parameter] == about.help, parameter
 
 
 @pytest.mark.parametrize(
@@ -171,10 +192,12 @@ def test_parameters_of_a_notebook_alone_are_declared_in_it(name):
     arguments = declaring[0].args
     declared = {}
     for argument, default in zip(arguments.args, arguments.defaults, strict=True):
-        about = argument.annotation.slice.elts[1]  # Annotated[type, Param(help, ...)]
-        declared[argument.arg] = (ast.literal_eval(default), ast.literal_eval(about.args[0]))
-    comments = dict(re.findall(r"^(\w+) = .*?  # (.*)$", "\n".join(parameter_lines(name)), re.M))
-    given = {n: (value, comments[n]) for n, value in parameters(name).items()}
+        kind, about = argument.annotation.slice.elts  # Annotated[type, Param(help, ...)]
+        help = ast.literal_eval(about.args[0])
+        declared[argument.arg] = (ast.unparse(kind), ast.literal_eval(default), help)
+    types = written_types(name)
+    said = comments(name)
+    given = {n: (types[n], value, said[n]) for n, value in parameters(name).items()}
     assert given == declared
 
 
@@ -200,13 +223,66 @@ def test_a_run_keeps_every_parameter_that_it_was_given():
         assert handed_on == {a.arg: a.arg for a in f.args.args}, f.name
 
 
-@pytest.mark.parametrize("name", RUN)
+RUN_NOTEBOOKS = [*RUN, "vectors", "directions", "report", "benchmark", "scaling", "reliability"]
+
+
+@pytest.mark.parametrize("name", RUN_NOTEBOOKS)
 def test_papermill_explains_every_parameter(name):
+    "With its type: papermill says `Unknown type` for what carries none"
     command = [sys.executable, "-m", "papermill", "--help-notebook", f"nbs/{name}.ipynb"]
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert out.returncode == 0 and "Unable to parse" not in out.stdout + out.stderr
-    for parameter in parameters(name):
-        assert re.search(rf"^  {parameter}: .*\n? +\S", out.stdout, re.M), parameter
+    for parameter, kind in written_types(name).items():
+        explained = rf"^  {parameter}: {kind} \(default .*\)\s+\S"
+        assert re.search(explained, out.stdout, re.M), parameter
+
+
+def test_a_log_and_an_executed_notebook_keep_what_was_said(tmp_path):
+    "`make ablation` into files: what stood there stays, bars pass through; none is in the notebook"
+    (tmp_path / "bin").mkdir()
+    papermill = tmp_path / "bin" / "papermill"
+    papermill.write_text(f'#!/bin/sh\nexec {sys.executable} -m papermill "$@"\n')
+    papermill.chmod(0o755)
+    (tmp_path / "ready").touch()
+    small = "-p seeds 1 -p epochs 1 -p n_images 640 -p batch_size 64 -p queue_size 64"
+    small += " -p knn_every 0"
+    made = ["make", "-s", "-o", f"{tmp_path}/ready", "ablation", f"VENV={tmp_path}"]
+    made += [f"RUNS={tmp_path}/runs", f"ABLATION={small} -p out {tmp_path}/runs/ablation"]
+    log = tmp_path / "log"
+    log.write_text("an earlier line\n")
+    with open(log, "a") as both:
+        run = subprocess.run(made, cwd=ROOT, stdout=both, stderr=both)
+    said = log.read_text()
+    assert run.returncode == 0, said
+    assert said.startswith("an earlier line\n") and "Open " in said and ",difference" in said
+    assert re.search(r"posneg-s0: .*<\d\d:\d\d, ", said), "a bar with the time that is left"
+    executed = nbformat.read(tmp_path / "runs" / "ablation.ipynb", 4)
+    outputs = [o for c in executed.cells if c.cell_type == "code" for o in c.outputs]
+    assert outputs and not [o for o in outputs if o.output_type == "stream"]
+
+
+@pytest.mark.parametrize("name", RUN_NOTEBOOKS)
+def test_nbdev_leaves_a_run_notebook_out_and_a_reader_does_not_see_why(name):
+    "`nbdev_test` reads `skip_exec` from a comment; a raw cell would be a box above the title"
+    path = ROOT / "nbs" / f"{name}.ipynb"
+    assert NBProcessor(path, procs=FrontmatterProc, process=True).nb.frontmatter_["skip_exec"]
+    first, *others = nbformat.read(path, 4).cells
+    assert first.source.startswith("# ") and not cells(path, "raw")
+    shown = re.sub(r"<!--.*?-->", "", first.source, flags=re.S)
+    assert "skip_exec" not in shown + "".join(c.source for c in others)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_prose_comes_before_imports(path):
+    "Title and line, then why; only then a cell of imports, of settings or of parameters"
+    before = []
+    for c in nbformat.read(path, 4).cells:
+        if c.cell_type == "code" and not re.match(r"#\| default_exp", c.source):
+            break
+        before += [c.source] if c.cell_type == "markdown" else []
+    text = re.sub(r"<!--.*?-->", "", "\n\n".join(before), flags=re.S)
+    paragraphs = [p for p in re.split(r"\n\s*\n", text) if p.strip() and p[0] not in "#>"]
+    assert before and before[0].startswith("# ") and paragraphs
 
 
 def settings():

@@ -304,6 +304,29 @@ def test_without_accuracies_the_third_panel_is_the_ratio(page, tmp_path):
     assert ratio == pytest.approx((positive - negative) / (1 - positive), rel=0.01)
 
 
+def test_settings_without_labels_stand_beside_measured_ones(page, tmp_path):
+    "Their records have no accuracy, and lack the columns of a transformation"
+    runs, metrics = read_runs(MOMENTUM, ["none-momentum0.99-*", "posneg-momentum0.99-*"])
+    measured, transformed = runs
+    early = [column for column in runs[measured][0] if column.startswith("before_")]
+    plain = [frame.drop(columns=early) for frame in runs[measured]]
+    runs["photos"] = plain
+    rows = metrics.loc[[measured]].assign(knn_backbone=float("nan"), measured_on=None)
+    table = pd.concat([rows.rename(index={measured: "photos"}), metrics])
+    path = tmp_path / "report.html"
+    html_report(runs, path, "mixed", table, baseline={transformed: measured, "photos": measured})
+    opened(page, path)
+    assert page.locator("#scores path.js-line").count() == 3 * 3
+    title = page.locator("#scores .annotation-text").nth(2).text_content()
+    assert title.startswith("R = (S")  # the one that all of them have
+    note = page.locator(".note").first.text_content()
+    assert note.endswith("Not measured: photos. ")
+    rows = page.locator("h2 ~ .scroll tbody tr").all_text_contents()
+    assert len(rows) == 2 and all("nan" not in row.lower() for row in rows)
+    assert "nan" not in page.locator("details .scroll").text_content().lower()
+    assert page.locator("#verdicts li").count() == 6
+
+
 LINK = '<a href="https://example.org">%{x}</a>'
 STRANGE = [
     "<script>document.title = window.hit = 1</script>",

@@ -5,10 +5,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import cluster
 import nbformat
 import pandas as pd
+import psutil
 import pytest
 import torch
 
@@ -243,3 +246,50 @@ def test_an_interrupted_run_goes_on_where_it_was(whole, tmp_path, stop):
     assert start(tmp_path, "parts-0.2").wait() == 0
     (a, _), (b, _) = (read_checkpoint(p) for p in (whole, tmp_path / "parts-0.2.safetensors"))
     assert a.keys() == b.keys() and all(a[k].numpy().tobytes() == b[k].numpy().tobytes() for k in a)
+
+
+@pytest.fixture
+def shell_line(tmp_path):
+    "The Snakefile's own shell line for a run of `cluster.py`'s study, which is read in `tmp_path`"
+    shutil.copy(ROOT / "Snakefile", tmp_path)
+    (tmp_path / "nbs").mkdir()
+    shutil.copy(ROOT / "nbs" / "pretrain.ipynb", tmp_path / "nbs")
+    for folder in ("results", "runs"):
+        (tmp_path / folder / "tiny").mkdir(parents=True)
+    cluster.write_study(tmp_path)
+
+    def line(name):
+        goal = f"results/tiny/{name}-s0.json"
+        command = [sys.executable, "-m", "snakemake", "--cores", "1", "-n", "-p", goal]
+        said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert said.returncode == 0, said.stdout + said.stderr
+        [found] = re.findall(r"^Shell command: (.*papermill.*)$", said.stdout + said.stderr, re.M)
+        return found
+
+    return line
+
+
+def test_a_run_of_the_snakefile_outlives_sigterm_until_its_checkpoint(shell_line, tmp_path):
+    "Slurm sends the signal to every process of a job: to the shell, to papermill, to the kernel"
+    results = tmp_path / "results" / "tiny"
+    options = dict(cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    command = ["bash", "-c", shell_line("killed")]
+    run = subprocess.Popen(command, **options)
+    end = time.monotonic() + 300
+    while not (results / "killed-s0.safetensors").exists():
+        assert run.poll() is None and time.monotonic() < end, "there is no first checkpoint"
+        time.sleep(0.05)
+    job = psutil.Process(run.pid)
+    for process in (job, *job.children(recursive=True)):
+        process.send_signal(signal.SIGTERM)
+    _, said = run.communicate(timeout=120)
+    assert run.returncode == 1  # a signal would be another number
+    assert "KeyboardInterrupt: stopped after step" in said
+    step = read_checkpoint(results / "killed-s0.safetensors")[1]["step"]
+    assert 0 < step < 240 and not (results / "killed-s0.json").exists()
+    for again in (command, ["bash", "-c", shell_line("whole")]):
+        done = subprocess.run(again, **options)
+        assert done.returncode == 0, done.stderr
+    assert cluster.contents(results / "killed-s0") == cluster.contents(results / "whole-s0")
+    assert read_record(results / "killed-s0.json")["resumed_at"] == [step]
+    assert "resumed_at" not in read_record(results / "whole-s0.json")

@@ -133,6 +133,27 @@ def test_images_on_the_disk_go_on_to_the_same_bits_with_any_workers(tmp_path):
     same(tmp_path / "parts", tmp_path / "whole")
 
 
+def test_a_record_says_where_its_run_was_resumed(tmp_path, finished, stopped, copy):
+    for stop in (2, 7):
+        run(tmp_path / "twice", resume=True, stop_after=stop)
+    twice = run(tmp_path / "twice", resume=True)
+    assert twice["resumed_at"] == [2, 7]
+    assert run(tmp_path / "twice", resume=True) == twice  # taken as it lies
+    whole = read_record(finished / "run.json")
+    assert "resumed_at" not in whole
+    assert run(tmp_path / "new", resume=True).keys() == whole.keys()  # nothing lay there
+    for name in twice.keys() - {"resumed_at", "seconds", "images_per_second"}:
+        assert twice[name] == whole[name], name
+    folder = copy(stopped)  # a checkpoint from before there was a list
+    tensors, note = read_checkpoint(folder / "run.safetensors")
+    del note["resumed_at"]
+    text = json.dumps(note)
+    about = CHECKPOINT | {"state": text, "sha256": checksum(tensors, text)}
+    safetensors.torch.save_file(tensors, folder / "run.safetensors", about)
+    assert run(folder, resume=True)["resumed_at"] == [7]
+    same(folder, finished)
+
+
 # ---------------------------------------------------------------- written
 
 

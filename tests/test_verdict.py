@@ -78,6 +78,24 @@ def test_what_is_unknown_is_said_and_what_was_recorded_is_used():
     assert verdict(GOOD.convert_dtypes(), 4096, 0.07) == verdict(GOOD, 4096, 0.07)
 
 
+def test_a_sentence_says_in_words_what_a_column_holds():
+    plain = dict(before_pos_mean=0.6, before_neg_mean=0.1, before_neg_var=0.04)
+    flips = np.where(np.arange(60) % 2, 0.9, -0.9)
+    when = "before the transformation (column before_"
+    for changes, told in (
+        ({}, f"two views of one image score 0.6 on average, different images 0.1 {when}neg_mean)"),
+        (dict(neg_mean=0.9), f"different images score 0.9 on average {when}neg_mean), two views"),
+        (dict(pos_weight=1.5 / 1025), f"the loss is 6.53 nats {when}pos_weight), and a guess"),
+        (dict(pos_mean=0.99), f"two views of one image score 0.99 on average {when}pos_mean), so"),
+        (dict(neg_mean=flips), f"the mean score of different images {when}neg_mean) jumps by"),
+        (dict(neg_mean=math.nan), f"the mean score of different images {when}neg_mean) is nan at"),
+    ):
+        columns = plain | {f"before_{name}": value for name, value in changes.items()}
+        assert told in verdict(table(pos_mean=-0.5, **columns), 1024, 0.2).sentence
+    same = verdict(table(), 1024, 0.2).sentence
+    assert "before the transformation" not in same and "(column neg_mean)" in same
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_number_that_is_none_is_named_with_its_step(value):
     lost = table()
@@ -202,7 +220,7 @@ def test_pictures_show_a_controller_and_the_verdict():
     assert len(plot_scores({"a": held, "b": GOOD}).axes) == 3  # not in every run
     page = run_page(held, "my run")
     title = page.get_suptitle().replace("\n", " ")
-    assert title.startswith("my run healthy at step 623: pairs score")
+    assert title.startswith("my run healthy at step 623: two views of one image score")
     drawn = {ax.get_title(): len(ax.lines) for ax in page.axes}
     assert drawn["extrapolation"] == 2 and drawn["between / within images"] == 1
 
@@ -224,7 +242,9 @@ def test_a_verdict_never_ends_a_run(tmp_path):
     recorder = ScoreRecorder(tau=0.2)
     for step in range(200):
         recorder.record(step, torch.full((4,), 0.5), torch.full((4, 6), -math.inf))
-    assert recorder.warn_once().startswith("diverged: neg_mean is nan")
+    assert recorder.warn_once().startswith(
+        "diverged: the mean score of different images (column neg_mean) is nan"
+    )
 
 
 def test_a_guess_is_among_the_negatives_before_a_transformation():
