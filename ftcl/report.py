@@ -9,9 +9,9 @@ __all__ = ['DASHES', 'PANEL', 'ABOVE', 'SCORES', 'SCRIPT', 'CSS', 'HTML', 'OURS'
            'accuracy_by_epoch', 'study_records', 'third_panel', 'main_columns', 'main_panels', 'column_groups',
            'grouped', 'untransformed', 'difference_rows', 'html_table', 'settings_without', 'differences_html',
            'verdict_items', 'legend_items', 'curve_note', 'packed', 'page_path', 'page_curves', 'html_report',
-           'small_png', 'paper_style', 'rounded', 'in_short', 'save_figure']
+           'small_png', 'paper_style', 'save_figure']
 
-# %% ../nbs/15_report.ipynb #545583b9
+# %% ../nbs/15_report.ipynb #43d21d9e
 import json
 import re
 import sys
@@ -816,26 +816,20 @@ def paper_style():
         plt.close(plt.figure())  # the first figure sets the notebook's own way
         shell.display_formatter.formatters["image/png"].for_type(Figure, small_png)
 
-# %% ../nbs/15_report.ipynb #5f0d2b71
-def rounded(
-    number: re.Match,  # As it stands in a PDF
-) -> bytes:
-    "The same with 2 decimals, or 4 where it is below 1, and without needless zeros"
+# %% ../nbs/15_report.ipynb #b64fbf2a
+def _rounded(number):
+    "A number in a PDF with 2 decimals, or 4 where it is below 1, and without needless zeros"
     value = float(number[0])
     value = round(value, 2 if abs(value) >= 1 else 4)
     return np.format_float_positional(value + 0.0, trim="-").encode()  # + 0.0: no -0
 
-# %% ../nbs/15_report.ipynb #d81f6a35
-def in_short(
-    value: object,  # Anything that a PDF is made of
-) -> bytes:
-    "As Matplotlib writes it into a PDF, but with rounded numbers; text stays as it is"
+def _in_short(value):
+    "Something as Matplotlib writes it into a PDF, but with rounded numbers; text stays as it is"
     written = pdfRepr(value)
     if isinstance(value, (float, np.floating, Verbatim)):  # the last holds the points of a path
-        written = re.sub(rb"-?\d*\.\d+", rounded, written)
+        written = re.sub(rb"-?\d*\.\d+", _rounded, written)
     return written
 
-# %% ../nbs/15_report.ipynb #31e260c6
 def save_figure(
     fig: Figure,
     name: str,  # Of the files in `figures`, without an ending
@@ -845,7 +839,7 @@ def save_figure(
     png = small_png(fig)
     no_date = dict.fromkeys(("CreationDate", "Producer", "Creator"))
     pdf = BytesIO()
-    with patch("matplotlib.backends.backend_pdf.pdfRepr", in_short):
+    with patch("matplotlib.backends.backend_pdf.pdfRepr", _in_short):
         fig.savefig(pdf, format="pdf", metadata=no_date)
     files = {f"{name}.pdf": pdf.getvalue(), f"{name}.png": png}
     for file, data in files.items():

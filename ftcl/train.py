@@ -1007,7 +1007,7 @@ def go_on(
 Decode = Annotated[
     str,
     Param(
-        "once into memory, as_needed by workers; auto: by size and shape of the images",
+        "once into memory, as_needed by workers; auto: by size and shape of images",
         "data",
         choices=DECODES,
     ),
@@ -1067,7 +1067,7 @@ def pretrain(
     encoder: Annotated[
         str,
         Param(
-            "small, resnet18, resnet34, resnet50, another of torchvision, or timm/<name>",
+            "small, resnet18, resnet34, resnet50, others of torchvision, timm/<name>",
             "encoder",
             check=encoder_name,
         ),
@@ -1108,7 +1108,7 @@ def pretrain(
     strength: Annotated[
         float | str,
         Param(
-            "reach of l_ex: 1 + strength x Beta; or auto, linear a b, cosine a b",
+            "reach of l_ex: 1 + strength x Beta; auto, linear a b, cosine a b",
             "transformation",
             least=1e-6,
             most=1,
@@ -1523,7 +1523,7 @@ def read_subject(
 def evaluate_checkpoint(
     checkpoint: Annotated[
         str,
-        Param("of pretrain; with encoder: weights of others, or untrained; empty: one is made"),
+        Param("of pretrain; with encoder: weights of others, untrained; empty: one is made"),
     ],
     dataset: Annotated[
         str, Param("shapes, a folder, or a Hugging Face id, on its test split; empty: as the run")

@@ -33,11 +33,6 @@ def cells(path, kind="code"):
     return [c for c in nbformat.read(path, 4).cells if c.cell_type == kind]
 
 
-def exported(path):
-    "Sources of the cells that become the library"
-    return [c.source for c in cells(path) if c.source.startswith("#| export")]
-
-
 def parameter_lines(name):
     "Lines of the cell tagged `parameters` of a run notebook"
     path = ROOT / "nbs" / f"{name}.ipynb"
@@ -75,14 +70,14 @@ def test_a_notebook_holds_what_a_reader_wants(path):
     assert nbformat.read(path, 4).metadata.kernelspec.name == "python3"
     outputs = [o for c in cells(path) for o in c.outputs]
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    lines = [line for c in cells(path) for line in c.source.splitlines()]
+    assert not [line for line in lines if len(line) > 100]
     assert not re.search(r"(?<![\w.~])/(home|root|tmp|work|Users)/", path.read_text())
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
 def test_a_chapter_stays_small(path):
     assert len(cells(path)) <= 60
-    for source in exported(path):
-        assert not [line for line in source.splitlines() if len(line) > 100]
 
 
 def number(path):
