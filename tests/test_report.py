@@ -77,6 +77,11 @@ def until(page, what):
     raise AssertionError(what)
 
 
+VALUES = """[...document.querySelectorAll('#values tr')].map(
+    row => [...row.querySelectorAll('th, td')].slice(1).map(cell => cell.textContent)
+)"""
+
+
 def pointed(page, panel=0, at=0.5):
     "What the page says of a point inside of a panel of the first figure"
     box = page.locator("#scores .nsewdrag").nth(panel).bounding_box()
@@ -84,8 +89,11 @@ def pointed(page, panel=0, at=0.5):
         x = box["x"] + box["width"] * at + shift
         page.mouse.move(x, box["y"] + box["height"] / 2)
     page.wait_for_selector("#values table")
-    rows = page.locator("#values tr").all()
-    return [[cell.text_content() for cell in row.locator("th, td").all()[1:]] for row in rows]
+    last, rows = None, page.evaluate(VALUES)
+    while rows != last:  # the answer to the first move may still stand there
+        page.wait_for_timeout(200)
+        last, rows = rows, page.evaluate(VALUES)
+    return rows
 
 
 def dragged(page, panel, left, right):
