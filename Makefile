@@ -32,14 +32,15 @@ $(READY): settings.ini constraints.txt setup.py
 env: $(READY) ## create .venv and install ftcl into it
 
 ablation: $(READY) ## the main job on the built-in shapes: none against posneg
-	mkdir -p $(RUNS)
+	mkdir -p $(RUNS)/ablation
 	@# papermill opens /dev/stderr anew, which would empty a log file: a pipe has nothing to lose
 	$(BIN)/papermill --no-progress-bar --stderr-file /dev/stderr \
-		nbs/ablation.ipynb $(RUNS)/ablation.ipynb $(ABLATION) 2>&1 | cat >&2
-	@cat $(RUNS)/ablation/*.csv
+		nbs/ablation.ipynb $(RUNS)/ablation.ipynb -p out $(RUNS)/ablation $(ABLATION) \
+		2>&1 | (trap '' INT TERM; exec cat >&2)
+	@find $(RUNS)/ablation -name '*.csv' -exec tail -n +1 {} +
 	@echo "Open $(RUNS)/ablation.ipynb (make lab) for the curves; records and scores are in $(RUNS)/ablation/."
 
-figures: $(READY) ## redraw every figure whose records or notebook changed
+figures: $(READY) ## redraw what changed; the first time in a clone, every figure
 	$(BIN)/snakemake --cores 2 figures --quiet rules host
 
 test: $(READY) ## every notebook, then tests/

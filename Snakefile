@@ -1,6 +1,7 @@
 # The paper as a graph of notebook runs.
 #   snakemake --cores 2 figures              draws every picture whose records or notebook changed
-#                                            (make figures); with -F every one
+#                                            (make figures); with -F, and the first time in a
+#                                            clone, every one
 #   snakemake --cores 2 runs                 trains the runs whose records are missing, one core
 #                                            each
 #   snakemake --profile profiles/slurm runs  the same on a cluster, one job a run

@@ -302,10 +302,12 @@ def keep_pictures_apart(app):
 
 def remove_pages_without_source(app, error):
     "Remove what an earlier build wrote of sources that are gone, and nothing else"
+    if error or app.builder.format != "html":
+        return
     known = {Path(app.builder.get_outfilename(name)) for name in app.env.found_docs}
     for folder in {Path(name).parts[0] for name in app.env.found_docs if "/" in name}:
         for page in (Path(app.outdir) / folder).rglob("*.html"):
-            if page not in known and not error:
+            if page not in known:
                 page.unlink()
 
 

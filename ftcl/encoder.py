@@ -506,7 +506,7 @@ def split_vectors(
             layer.splits = whole("bn_splits", splits, 1)
     return head
 
-# %% ../nbs/07_encoder.ipynb #2131e1bb
+# %% ../nbs/07_encoder.ipynb #d0f12f3a
 def split_bn(
     net: nn.Module,  # Changed in place
     splits: int,  # Parts of the batch; 1 is plain batch normalisation
@@ -534,8 +534,9 @@ def check_splits(
             f"bn_splits is {splits}, but the encoder has no batch normalisation to split: take 1."
         )
     for name, layer in layers.items():
-        what = f"bn_splits is {splits}, but {name or 'it'}, a {type(layer).__name__}"
-        if type(layer) not in (nn.BatchNorm2d, SplitBN):
+        kind = getattr(layer, "before_sync", type(layer))
+        what = f"bn_splits is {splits}, but {name or 'it'}, a {kind.__name__}"
+        if kind not in (nn.BatchNorm2d, SplitBN):
             raise InputError(f"{what}, cannot be split as BatchNorm2d can: take 1.")
         if layer.momentum is None or layer.running_mean is None:
             raise InputError(f"{what} without momentum or running averages cannot be split.")
@@ -547,7 +548,7 @@ def batch_parts(
     _check_module("net", net)
     return math.lcm(*(layer.splits for layer in net.modules() if isinstance(layer, SplitBN)))
 
-# %% ../nbs/07_encoder.ipynb #f85bf3af
+# %% ../nbs/07_encoder.ipynb #92aacb18
 def over_processes(
     x: Tensor,  # Of the same shape in every process
 ) -> Tensor:  # The same in every process
@@ -619,13 +620,14 @@ def sync_bn(
     "Batch statistics over the parts of all processes; raises `InputError` where a layer cannot"
     _check_module("net", net)
     together = (SyncBN, nn.SyncBatchNorm)
+    cannot = "cannot take statistics over many processes: start one process"
     layers = {name: o for name, o in net.named_modules() if isinstance(o, _BatchNorm)}
     for name, layer in layers.items():
         what = f"bn_splits is 1, but {name or 'it'}, a {type(layer).__name__}"
         if type(layer) not in (*ALONE, *together):
-            raise InputError(f"{what}, cannot take statistics over many processes: start one.")
+            raise InputError(f"{what}, {cannot}.")
         if layer.momentum is None or layer.running_mean is None:
-            raise InputError(f"{what} without momentum or running averages, cannot be shared.")
+            raise InputError(f"{what} without momentum or running averages, {cannot}.")
     for layer in layers.values():
         if type(layer) in ALONE:
             layer.before_sync = type(layer)

@@ -66,7 +66,7 @@ def share_of_each(
             )
     return counts
 
-# %% ../nbs/10b_readouts.ipynb #781ba1d6
+# %% ../nbs/10b_readouts.ipynb #fc3fee51
 LEAST_STEPS = 200  # of fine-tuning, however few the labels
 
 def tuned_copy(
@@ -74,9 +74,7 @@ def tuned_copy(
 ) -> Encoder:
     "A copy of which every weight trains, with batch statistics over the whole batch"
     net = deepcopy(encoder).requires_grad_()
-    if hasattr(net, "backbone"):
-        split_bn(net.backbone, 1)
-    return net
+    return split_bn(net, 1)
 
 def raw_features(
     net: Encoder,

@@ -81,9 +81,9 @@ def paired(
         high=mean + half,
     )
 
-# %% ../nbs/14_study.ipynb #51d400fc
+# %% ../nbs/14_study.ipynb #dff776fb
 class Comparison(pd.DataFrame):
-    "A table that shows a dash where a number is unknown"
+    "A small table, shown as a whole, with a dash where a number is unknown"
     @property
     def _constructor(self):
         return Comparison  # of what is made from it, as by `round`

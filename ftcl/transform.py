@@ -669,7 +669,7 @@ def _meets_its_own(q, k, negatives):
     told_apart = [x[0] for x in (q, k) if len(x) == 1 or not torch.equal(x[0], x[-1])]  # (D,)
     return any(bool((keys == x).all(1).any()) for keys in met for x in told_apart)
 
-# %% ../nbs/03_transform.ipynb #ac88f0be
+# %% ../nbs/03_transform.ipynb #a0fbcaeb
 def known_options(
     init: Callable,  # `__init__` of a class
 ) -> Callable:  # The same, which raises `InputError` for a keyword that it does not know
@@ -679,7 +679,7 @@ def known_options(
     def checked(self, *given, **named):
         for name in named:
             if name not in known:
-                raise InputError(f"{type(self).__name__} has no option {name!r}, only "
+                raise InputError(f"{init.__qualname__.split('.')[-2]} has no option {name!r}, only "
                                  f"{', '.join(known)}.{nearest(name, known)}")
         init(self, *given, **named)
     return checked

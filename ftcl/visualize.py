@@ -310,7 +310,7 @@ class LiveScores:
         self.due = now + (now - start) / self.time_share
         return now - start
 
-# %% ../nbs/06_visualize.ipynb #c212abb1
+# %% ../nbs/06_visualize.ipynb #cc3b1881
 def _noting(
     stream,  # Where a notebook prints
     said: list,  # (stream, text), one for each print
@@ -328,7 +328,7 @@ def transient_bars():
     """Take progress bars away at the end, and leave what else was printed; pictures go as well
 
     After an error everything stays, and outside a notebook nothing is done."""
-    streams = [sys.stdout, sys.stderr] if _request() else []
+    streams = list(dict.fromkeys([sys.stdout, sys.stderr])) if _request() else []
     before = [stream.write for stream in streams]
     said = []
     for stream in streams:
@@ -342,7 +342,7 @@ def transient_bars():
         _place.cache_clear()  # what comes later in this cell needs a place of its own
         sys.modules["IPython"].display.clear_output()
     for stream, text in said:
-        stream.write(text)
+        type(stream).write(stream, text)  # one around this has noted it already
 
 # %% ../nbs/06_visualize.ipynb #32d9a941
 def _unmasked(

@@ -242,7 +242,7 @@ def test_a_log_and_an_executed_notebook_keep_what_was_said(tmp_path):
     small = "-p seeds 1 -p epochs 1 -p n_images 640 -p batch_size 64 -p queue_size 64"
     small += " -p knn_every 0"
     made = ["make", "-s", "-o", f"{tmp_path}/ready", "ablation", f"VENV={tmp_path}"]
-    made += [f"RUNS={tmp_path}/runs", f"ABLATION={small} -p out {tmp_path}/runs/ablation"]
+    made += [f"RUNS={tmp_path}/runs", f"ABLATION={small}"]
     log = tmp_path / "log"
     log.write_text("an earlier line\n")
     with open(log, "a") as both:

@@ -2,7 +2,8 @@
 
 JupyterLab writes its kernel's name and version into every notebook that it opens, and then marks
 the notebook as unsaved. The committed notebooks hold neither. Here both are added on the way to
-JupyterLab, and nothing is left to write."""
+JupyterLab, and nothing is left to write. A contents manager of your own (jupytext's) is not
+used: start `jupyter lab` itself for that."""
 
 from ipykernel.ipkernel import IPythonKernel
 from jupyter_server.services.contents.largefilemanager import AsyncLargeFileManager
