@@ -276,6 +276,10 @@ def first_few(
     more = f"{between.strip(', ')} and {len(things) - most:,} more" if len(things) > most else ""
     return between.join(things[:most]) + more
 
+def _without_advice(error):
+    "The sentence of an error, but for the advice that `Findings` gives once for all"
+    return re.sub(r"[.:] mend or remove it\.$", "", str(error), flags=re.IGNORECASE).rstrip(".")
+
 @dataclass
 class Findings:
     "What is odd in the files of a set: mistakes to be refused together, boxes to be told of"
@@ -339,7 +343,7 @@ def _check_class(name, classes, where, found):
         known = first_few(classes, 10)
         hint = nearest(name, classes).rstrip("?")
         hint = f" ({hint.strip()}?)" if hint else ""
-        found.mistakes.append(f"{where} is of class {name!r}, which is not {known}{hint}")
+        found.mistakes.append(f"{where} is of class {shown(name)}, which is not {known}{hint}")
 
 def _picture(marked, classes, found):
     "One picture, its boxes cut at the edges of the image"
@@ -394,18 +398,22 @@ def _voc_mark(element, where):
     left, top, right, bottom = corners
     if right > left and bottom > top:  # pixels count from 1
         left, top = left - 1, top - 1
-    ignored = (element.findtext("difficult") or "0").strip() == "1"
-    return Mark(name, [left, top, right, bottom], ignored, where)
+    difficult = (element.findtext("difficult") or "").strip() or "0"
+    if difficult not in ("0", "1"):
+        raise ValueError(f"difficult is {shown(difficult)}, but must be 0 or 1")
+    return Mark(name, [left, top, right, bottom], difficult == "1", where)
 
 def _voc_image(file, number, image, found):
     "What one XML file says; None, noted, if it cannot be used"
     try:
         root = read_xml(file)
+        if root.tag != "annotation":
+            raise ValueError(f"it begins with <{shown(root.tag)[1:-1]}>, not with <annotation>")
         size = [root.findtext(f"size/{o}") or "0" for o in ("width", "height")]
         if not all(text.strip().isdecimal() and int(text) for text in size):
             size = image_size(dict(bytes=None, path=str(image)), image.name)  # some leave it out
     except ValueError as e:  # of which `InputError` is one
-        found.mistakes.append(f"{file.name}: {str(e).rstrip('.')}")
+        found.mistakes.append(f"{file.name}: {_without_advice(e)}")
         return None
     marks = []
     for i, element in enumerate(root.findall("object"), 1):
@@ -447,7 +455,7 @@ def read_voc(
     for number, name in enumerate(names, 1):
         file = folder / "Annotations" / f"{name}.xml"
         if name not in images:
-            found.mistakes.append(f"JPEGImages has no image {name!r}, which {split}.txt names")
+            found.mistakes.append(f"JPEGImages has no image {shown(name)}, which {split}.txt names")
         elif not file.is_file():
             found.mistakes.append(f"Annotations has no {file.name}, which {split}.txt names")
         else:
@@ -490,7 +498,7 @@ def _coco_categories(entries, file, found):
             found.mistakes.append(f"{where} has the id or the name of another, {name!r}")
         else:
             names[number] = name
-            if entry.get("frequency") in GROUPS:
+            if entry.get("frequency") in list(GROUPS):
                 groups[name] = entry["frequency"]
     return names, groups
 
@@ -506,10 +514,10 @@ def _coco_image(entry, where, folders, found):
         found.mistakes.append(f"{where} ({name}) has no width and height")
     else:
         for folder in folders:
-            if "\0" not in name and (folder / name).is_file():
+            if os.path.isfile(folder / name):
                 item = dict(bytes=None, path=str(folder / name))
                 return Marked(item, entry["id"], *size, [])
-        found.mistakes.append(f"{where}: there is no file {name!r} in {str(folders[0])!r}")
+        found.mistakes.append(f"{where}: there is no file {shown(name)} in {str(folders[0])!r}")
     return None
 
 def _is_outline(segment, image):
@@ -533,6 +541,7 @@ def _coco_mark(entry, where, names, images, found):
     image = images.get(entry.get("image_id")) if _is_id(entry.get("image_id")) else None
     box = entry.get("bbox")
     segment = entry.get("segmentation") or None
+    crowd = entry.get("iscrowd") or 0
     if image is None:
         found.mistakes.append(f"{where} is of an image that the file lacks")
     elif not (_is_id(entry.get("category_id")) and entry["category_id"] in names):
@@ -542,12 +551,13 @@ def _coco_mark(entry, where, names, images, found):
         found.mistakes.append(f"{where} has bbox {shown(box)}, but must have four numbers")
     elif segment is not None and not _is_outline(segment, image):
         found.mistakes.append(f"{where} has a segmentation that is neither polygons nor runs")
+    elif crowd not in (0, 1):
+        found.mistakes.append(f"{where} has iscrowd {shown(crowd)}, but must have 0 or 1")
     else:
         left, top, across, down = box
         corners = [left, top, left + across, top + down]
-        crowd = entry.get("iscrowd") == 1
         name = names[entry["category_id"]]
-        image.marks.append(Mark(name, corners, crowd, where, segment))
+        image.marks.append(Mark(name, corners, crowd == 1, where, segment))
 
 # %% ../nbs/18_detection.ipynb #e2d66438
 def _numbers_of(classes, names):
@@ -575,12 +585,16 @@ def read_coco(
     entries, categories, marks = _coco_lists(read_json(file, "the annotations"), file)
     names, groups = _coco_categories(categories, file, found)
     marked = {}
+    files = set()
     for i, entry in enumerate(entries, 1):
         image = _coco_image(entry, f"{file.name}, image {i}", folders, found)
         if image is not None and image.id in marked:
             found.mistakes.append(f"{file.name} has two images of id {image.id}")
+        elif image is not None and image.item["path"] in files:
+            found.mistakes.append(f"{file.name} names {_file_of(image)} twice")
         elif image is not None:
             marked[image.id] = image
+            files.add(image.item["path"])
     complete = not found.mistakes  # else annotations of images that were refused would be told, too
     for i, entry in enumerate(marks if complete else [], 1):
         where = f"{file.name}, annotation {shown(entry.get('id', i))}"
@@ -1124,12 +1138,12 @@ def _found_boxes(data, picture, rows, masks):
     return found
 
 # %% ../nbs/18_detection.ipynb #98a938e4
-MOST_CHECKED = 5000  # images of a set whose size is looked at before a run
+MOST_CHECKED = 5000  # images of a set whose size and masks are looked at before a run
 
 def check_files(
     data: Detections,
 ):
-    "Raise `InputError` for images that cannot be opened or have another size than was written"
+    "Raise `InputError` for images or masks that cannot be opened, or are not as was written"
     found = Findings()
     places = np.unique(np.linspace(0, len(data) - 1, min(len(data), MOST_CHECKED)).round())
     for i in places.astype(int).tolist():
@@ -1138,8 +1152,11 @@ def check_files(
             size = image_size(picture.item, _file_of(picture))
             if size != (picture.width, picture.height):
                 found.mistakes.append(_other_size(f"image {i}", picture, size))
+            if picture.segments:
+                where = f"image {i} ({_file_of(picture)})"
+                pixel_masks(picture.segments, picture.height, picture.width, where)
         except InputError as e:
-            found.mistakes.append(str(e).rstrip("."))
+            found.mistakes.append(_without_advice(e))
     found.tell(data.what)
 
 def _refuse_shared(train, test):

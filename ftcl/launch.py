@@ -33,7 +33,7 @@ def as_value(
     "A value of the command line: a number, True, False, or a word"
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except Exception:  # PyYAML lets many kinds pass, as for the date 2001-13-45
         return text
     if not isinstance(value, (bool, int, float)):
         value = text  # a word, whatever else YAML makes of it

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['QUANTILES', 'SCORE_COLUMNS', 'SOFTMAX_COLUMNS', 'FEATURE_COLUMNS', 'LIMIT', 'BINS', 'RESERVED', 'WINDOW', 'PATIENCE',
            'quantile_columns', 'bin_counts', 'histogram_quantiles', 'check_numbers', 'score_statistics',
-           'softmax_statistics', 'feature_statistics', 'content_sum', 'scores_path', 'ScoreRecorder', 'require_columns',
-           'read_scores']
+           'softmax_statistics', 'feature_statistics', 'scores_path', 'ScoreRecorder', 'require_columns', 'read_scores']
 
 # %% ../nbs/05_scores.ipynb #1660b87f
 import hashlib
@@ -290,7 +289,7 @@ def _check_given(pos, neg, before, soft_max, features):
     check_numbers(**given)
 
 # %% ../nbs/05_scores.ipynb #6828311e
-def content_sum(
+def _content_sum(
     frame: pd.DataFrame,
 ) -> str:  # 64 hexadecimal digits
     "The SHA-256 sum of a table's names and numbers"
@@ -457,7 +456,7 @@ class ScoreRecorder:
             problem = "nothing has been recorded, so there is nothing to save"
             raise InputError(f"{problem} to {path}.")
         frame = self.frame()
-        frame.attrs["sha256"] = content_sum(frame)
+        frame.attrs["sha256"] = _content_sum(frame)
         with replacing(path) as part:
             frame.to_parquet(part, index=False, write_page_checksum=True)
 
@@ -533,6 +532,6 @@ def read_scores(
         except Exception:
             problem = "is cut short or damaged: copy it again, or make the record anew."
             raise InputError(f"{path} {problem}") from None
-    if frame.attrs.pop("sha256", None) not in (None, content_sum(frame)):  # early files have none
+    if frame.attrs.pop("sha256", None) not in (None, _content_sum(frame)):  # early files have none
         raise InputError(f"{path} is damaged: copy it again, or make the record anew.")
     return require_columns(frame, columns, path)

@@ -1139,13 +1139,13 @@ KEPT = {f"pets/{number}.png": code for number, code in enumerate(PICTURES)}
 
 def load_kept(cache):
     "All images of the folder `pets`, which go through the cache"
-    wait, data.CACHE_AFTER = data.CACHE_AFTER, -1.0  # keep also what takes no time
+    wait, data._CACHE_AFTER = data._CACHE_AFTER, -1.0  # keep also what takes no time
     old = os.environ.get("FTCL_CACHE")
     os.environ["FTCL_CACHE"] = str(cache)
     try:
         return data.load("./pets", decode="once").images.clone()
     finally:
-        data.CACHE_AFTER = wait
+        data._CACHE_AFTER = wait
         os.environ.pop("FTCL_CACHE")
         if old is not None:
             os.environ["FTCL_CACHE"] = old

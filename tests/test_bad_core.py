@@ -26,7 +26,7 @@ from ftcl.methods.swav import swapped_loss
 from ftcl.queue import Queue
 from ftcl.scores import ScoreRecorder
 from ftcl.transform import LEVELS, TRANSFORMS, FeatureTransform, Options, Transform
-from ftcl.transform import Negatives, beta_parameter, check_memory, check_strength
+from ftcl.transform import Negatives, _beta_parameter, check_memory, check_strength
 from ftcl.transform import extrapolate, interpolate, mean_of, sample_beta, schedule
 from ftcl.transform import transform_names
 
@@ -122,7 +122,7 @@ VECTORS = (unit(B, D), unit(B, D).flip(0), unit(B + K, D)[B:])
 PUBLIC = {  # name: function, arguments that are right
     "extrapolate": (extrapolate, (VECTORS[0], VECTORS[1], 1.5)),
     "interpolate": (interpolate, (VECTORS[2], 0.5, torch.arange(K).flip(0))),
-    "beta_parameter": (lambda alpha: beta_parameter("alpha", alpha), (2.0,)),
+    "beta_parameter": (lambda alpha: _beta_parameter("alpha", alpha), (2.0,)),
     "sample_beta": (sample_beta, (2.0, (3, 2), generator(), "cpu")),
     "mean_of": (mean_of, (VECTORS[0],)),
     "transform_names": (transform_names, ("posneg",)),

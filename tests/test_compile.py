@@ -15,7 +15,7 @@ from ftcl.core import InputError
 from ftcl.method import METHODS, as_published, build_method, transform_of
 from ftcl.record import defaults, difference, read_record
 from ftcl.scores import read_scores
-from ftcl.train import compile_backbones, pretrain
+from ftcl.train import _compile_backbones, pretrain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parent.parent
@@ -128,7 +128,7 @@ def test_every_backbone_of_a_method_is_compiled(name):
     names = list(method.state_dict())
     encoders = [m for m in method.modules() if isinstance(m, train.Encoder)]
     assert encoders and all(e.backbone._compiled_call_impl is None for e in encoders)
-    compile_backbones(method, torch.device("cpu"))
+    _compile_backbones(method, torch.device("cpu"))
     assert all(e.backbone._compiled_call_impl is not None for e in encoders)
     assert list(method.state_dict()) == names
 

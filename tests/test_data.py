@@ -386,7 +386,7 @@ def test_what_no_machine_holds_is_refused_before_it_is_decoded(home):
 @pytest.fixture
 def keep_all(monkeypatch):
     "However soon images are decoded, they are kept"
-    monkeypatch.setattr(ftcl.data, "CACHE_AFTER", 0)
+    monkeypatch.setattr(ftcl.data, "_CACHE_AFTER", 0)
 
 
 def cached():
@@ -400,7 +400,7 @@ def test_a_second_start_decodes_nothing(home, keep_all, monkeypatch, capsys):
     capsys.readouterr()
     with monkeypatch.context() as m:
         m.setattr(ftcl.data, "decode_image", lambda *item: pytest.fail("decoded again"))
-        m.setattr(ftcl.data, "some_sizes", lambda *item: [(20, 20)])
+        m.setattr(ftcl.data, "_some_sizes", lambda *item: [(20, 20)])
         again = load("set").images
     assert torch.equal(again, first)
     again += 1  # copied on write
@@ -450,7 +450,7 @@ def test_a_full_cache_lets_its_oldest_go_and_nothing_else(home, keep_all, monkey
     write(home / "set", 5, size=(20, 20))
     folder = Path(os.environ["FTCL_CACHE"])
     (folder / "mine.npy").write_bytes(b"x" * 9999)
-    monkeypatch.setattr(ftcl.data, "MOST_CACHED", 8000)  # bytes: a file of 5 images has 6,128
+    monkeypatch.setattr(ftcl.data, "_MOST_CACHED", 8000)  # bytes: a file of 5 images has 6,128
     for age, size in ((300, 20), (200, 19)):
         load("set", size=size)
         newest = max(cached(), key=lambda p: p.stat().st_mtime)
@@ -462,7 +462,7 @@ def test_a_full_cache_lets_its_oldest_go_and_nothing_else(home, keep_all, monkey
 
 LOADING = """
 import sys, time, torch, ftcl.data
-ftcl.data.CACHE_AFTER = 0
+ftcl.data._CACHE_AFTER = 0
 print(ftcl.data._pixels_key(ftcl.data.load("set").images.numpy()))
 """
 

@@ -113,6 +113,9 @@ def test_voc_without_a_size_takes_that_of_the_image(tmp_path):
     folder = voc(tmp_path / "v", {"x": [voc_object()]}, tagged=False)
     picture = read_voc(folder, "train").pictures[0]
     assert (picture.width, picture.height) == (20, 16)
+    (folder / "JPEGImages/x.png").write_bytes(b"no image")
+    told = refusal(read_voc, folder, "train")
+    assert "x.xml: x.png" in told and told.lower().count("mend or remove it") == 1
 
 
 def test_difficult_boxes_and_crowds_are_ignored(tmp_path):
@@ -214,6 +217,14 @@ BAD_VOC = {
     "nan": ("x.xml, object 1: xmin is 'nan'", voc_object(box=("nan", 2, 3, 4))),
     "words": ("x.xml, object 1: ymax is 'many'", voc_object(box=(1, 2, 3, "many"))),
     "infinite": ("x.xml, object 1: xmax is '1e999'", voc_object(box=(1, 2, "1e999", 4))),
+    "other root": ("x.xml: it begins with <html>, not with <annotation>", "<html></html>"),
+    "difficult": (
+        "x.xml, object 1: difficult is 'yes', but must be 0 or 1",
+        voc_object(more="<difficult>yes</difficult>"),
+    ),
+    "long": ("x.xml, object 1: xmin is 'aaaa", voc_object(box=("a" * 5000, 2, 3, 4))),
+    "coding": ("x.xml: it cannot be read (unknown", "<?xml version='1.0' encoding='zz'?><a/>"),
+    "deep": ("x.xml: it begins with <a>", "<a>" * 50000 + "</a>" * 50000),
 }
 
 
@@ -231,6 +242,40 @@ def test_a_mistake_in_vocs_files_is_one_sentence(tmp_path, case):
         (folder / "Annotations/x.xml").write_text(text)
     told = refusal(read_voc, folder, "train")
     assert told.startswith("set/train cannot be used: ") and said in told
+    assert len(told) < 300
+
+
+def cuts(text, n=12):
+    "The first part of a text, up to `n` different places"
+    return [text[: i * (len(text) - 1) // n] for i in range(n + 1)]
+
+
+def test_a_file_that_is_cut_anywhere_is_refused(tmp_path):
+    folder = voc(tmp_path / "v", {"x": [voc_object()]})
+    file = folder / "Annotations/x.xml"
+    for text in cuts(file.read_text()):
+        file.write_text(text)
+        assert "x.xml: it cannot be read" in refusal(read_voc, folder, "train")
+    file = coco(tmp_path / "c")
+    for text in cuts(file.read_text()):
+        file.write_text(text)
+        assert "instances_train.json cannot be read" in refusal(read_coco, file, tmp_path / "c")
+
+
+def test_a_split_or_a_layout_that_is_missing_is_named(tmp_path):
+    folder = voc(tmp_path / "v", {"x": [voc_object()]})
+    assert "Did you mean 'train'?" in refusal(load_detections, str(folder), "trian")
+    (tmp_path / "empty").mkdir()
+    said = "empty' must be a folder with ImageSets/Main"
+    assert said in refusal(load_detections, str(tmp_path / "empty"), "train")
+    names = folder / "ImageSets/Main/train.txt"
+    for text, said in ((b"x\nx\n", "train.txt names x twice"), (b"\xff\xfe", "cannot be read")):
+        names.write_bytes(text)
+        assert said in refusal(read_voc, folder, "train")
+    names.write_bytes(b"")
+    asked = TINY | dict(dataset=str(folder), evaluate_on="train", out=str(tmp_path / "r"))
+    assert "v/train has no boxes" in refusal(transfer, **asked | dict(n_images=0))
+    assert not (tmp_path / "r").exists()
 
 
 @pytest.mark.parametrize("coding", ["utf-8", "utf-16"])
@@ -289,6 +334,20 @@ BAD_COCO = {
         dict(images=[dict(id=1, file_name="1\0.png", width=32, height=32)]),
         "there is no file",
     ),
+    "long name": (
+        dict(images=[dict(id=1, file_name="a" * 5000, width=32, height=32)]),
+        "there is no file 'aaaa",
+    ),
+    "no categories": (dict(categories=None), "must have a list 'categories'"),
+    "no annotations": (dict(annotations=None), "must have a list 'annotations'"),
+    "id twice": (
+        dict(images=[dict(id=1, file_name=f"{i}.png", width=32, height=32) for i in (1, 2)]),
+        "has two images of id 1",
+    ),
+    "file twice": (
+        dict(images=[dict(id=i, file_name="1.png", width=32, height=32) for i in (1, 2)]),
+        "names 1.png twice",
+    ),
 }
 BAD_MARKS = {
     "other image": (dict(image_id=77), "is of an image that the file lacks"),
@@ -296,6 +355,11 @@ BAD_MARKS = {
     "other category": (dict(category_id=77), "has category_id 77, which the file lacks"),
     "three numbers": (dict(bbox=[1, 2, 3]), "has bbox [1, 2, 3], but must have four numbers"),
     "text": (dict(bbox=[1, 2, 3, "4"]), "but must have four numbers"),
+    "truth": (dict(bbox=[1, 2, 3, True]), "but must have four numbers"),
+    "no box": (dict(bbox=None), "has bbox None, but must have four numbers"),
+    "crowd": (dict(iscrowd="yes"), "has iscrowd 'yes', but must have 0 or 1"),
+    "mask of text": (dict(segmentation="abc"), "neither polygons nor runs"),
+    "no runs": (dict(segmentation=dict(size=[32, 32])), "neither polygons nor runs"),
     "odd polygon": (dict(segmentation=[[1, 2, 3, 4, 5]]), "neither polygons nor runs"),
     "runs of another size": (
         dict(segmentation=dict(size=[9, 9], counts=[81])),
@@ -318,7 +382,24 @@ def test_a_mistake_in_cocos_file_is_one_sentence(tmp_path, case):
         changes = dict(annotations=[marks[0] | change, *marks[1:]])
     file = coco(tmp_path / "c", **changes)
     told = refusal(read_coco, file, tmp_path / "c/train")
-    assert said in told and "instances_train.json" in told
+    assert said in told and "instances_train.json" in told and len(told) < 500
+
+
+def test_boxes_of_coco_without_area_are_left_out_and_told(tmp_path, capsys):
+    marks = as_coco(canvases(3, size=32))["annotations"]
+    for i, box in enumerate(([5, 5, -3, 4], [5, 5, 0, 4], [5, 5, 3, -1])):
+        marks[i]["bbox"] = box
+    data = read_coco(coco(tmp_path / "c", annotations=marks), tmp_path / "c/train")
+    assert data.n_boxes == len(marks) - 3
+    assert "3 boxes without area left out (instances_train.json, anno" in capsys.readouterr().out
+
+
+def test_a_frequency_that_is_none_is_no_group(tmp_path):
+    categories = as_coco(canvases(3, size=32))["categories"]
+    for entry, frequency in zip(categories, (["r"], "often", "f"), strict=True):
+        entry["frequency"] = frequency
+    data = read_coco(coco(tmp_path / "c", categories=categories), tmp_path / "c/train")
+    assert data.groups == ["", "", "f"]
 
 
 def test_a_missing_image_of_coco_is_named(tmp_path):
@@ -336,6 +417,10 @@ def test_a_damaged_mask_is_one_sentence(tmp_path):
     marks[0]["segmentation"] = dict(size=[32, 32], counts="zz")
     data = read_coco(coco(tmp_path / "c", annotations=marks), tmp_path / "c/train")
     assert "a mask of image 0 of instances_train.json cannot be" in refusal(data.__getitem__, 0)
+    asked = TINY | dict(dataset=str(tmp_path / "c"), evaluate_on="train", out=str(tmp_path / "r"))
+    told = refusal(transfer, **asked | dict(n_images=0))  # before it trains
+    assert "c/train cannot be used: a mask of image 0 (1.png) cannot be decoded" in told
+    assert not (tmp_path / "r").exists()
 
 
 def damaged(folder):
@@ -358,7 +443,8 @@ def damaged(folder):
 def test_images_are_looked_at_before_a_run(tmp_path, case):
     said = damaged(tmp_path)[case]
     asked = TINY | dict(dataset=str(tmp_path / case), evaluate_on="train", out=str(tmp_path / "r"))
-    assert said in refusal(transfer, **asked | dict(n_images=2))
+    told = refusal(transfer, **asked | dict(n_images=2))
+    assert said in told and told.lower().count("mend or remove it") <= 1
     assert not (tmp_path / "r").exists()
     if case == "other":  # a large set is looked at in part: the rest when it is decoded
         assert said in refusal(read_voc(tmp_path / "other", "train").__getitem__, 1)

@@ -175,10 +175,10 @@ def test_no_record_keeps_what_decides_no_result():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows does not tell the peak")
 def test_the_peak_rises_by_what_is_held():
-    before = train.resident_peak()
+    before = train._resident_peak()
     size = 1.5 * before  # MB; the process holds less than its peak
     held = np.ones(int(size * 1e6), dtype=np.uint8)
-    assert train.resident_peak() >= size * held[0] > before
+    assert train._resident_peak() >= size * held[0] > before
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -27,8 +27,10 @@ from ftcl.checkpoint import State, load_encoder, load_method, read_checkpoint, r
 from ftcl.checkpoint import save_checkpoint
 from ftcl.core import InputError
 from ftcl.data import load
+from ftcl.detection import canvases, read_coco, read_predictions, transfer
 from ftcl.encoder import ENCODERS, Encoder, load_weights, small_resnet, torchvision_backbone
 from ftcl.export import EXPORTED, FORMATS, detectron2_name, export_encoder, new_folder, same_files
+from ftcl.launch import run_parameters
 from ftcl.method import build_method, transform_of
 from ftcl.record import defaults, read_record, result_parameters
 from ftcl.scores import ScoreRecorder, read_scores
@@ -1042,6 +1044,17 @@ READERS = {
     "read_rows": ("it.parquet", lambda file: read_rows(file, ["x"])),
     "load, parquet": ("train.parquet", lambda file: load(str(file.parent), "train")),
     "load, image": ("train/a/it.png", lambda file: load(str(file.parent.parent.parent), "train")),
+    "transfer, weights": (
+        "it.pth.tar",
+        lambda file: transfer(weights=str(file), out=str(file.parent / "out")),
+    ),
+    "transfer, checkpoint": (
+        "it.safetensors",
+        lambda file: transfer(checkpoint=str(file), out=str(file.parent / "out")),
+    ),
+    "read_coco": ("it.json", lambda file: read_coco(file, file.parent)),
+    "read_predictions": ("it.coco", lambda file: read_predictions(file, canvases(1))),
+    "run_parameters": ("it.yaml", run_parameters),
 }
 
 

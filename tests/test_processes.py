@@ -146,8 +146,8 @@ train.pretrain(**{parameters!r})
     [
         (1, "SIGTERM", "train_step", 5),  # one step before the last
         (0, "SIGINT", "train_step", 6),  # the last
-        (1, "SIGTERM", "end_epoch", 6),  # after the last
-        (1, "SIGTERM", "train_to_end", 6),  # while the other writes the record
+        (1, "SIGTERM", "_end_epoch", 6),  # after the last
+        (1, "SIGTERM", "_train_to_end", 6),  # while the other writes the record
     ],
 )
 def test_a_signal_to_one_of_two_leaves_a_checkpoint_or_a_record(tmp_path, rank, stop, name, step):
@@ -156,7 +156,7 @@ def test_a_signal_to_one_of_two_leaves_a_checkpoint_or_a_record(tmp_path, rank, 
     script.write_text(SIGNALLED.format(rank=rank, stop=stop, name=name, step=step, parameters=p))
     run = subprocess.run([*LAUNCH, str(script)], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode != 0 and (tmp_path / "run.safetensors").exists(), run.stderr
-    if name != "train_to_end":
+    if name != "_train_to_end":
         told = "KeyboardInterrupt: stopped after step 6; resume=True goes on from"
         assert run.stderr.count(told) == 2, run.stderr  # both say so
         assert not (tmp_path / "run.json").exists()

@@ -14,7 +14,7 @@ from ftcl.detection import transfer
 from ftcl.launch import run_parameters
 from ftcl.method import as_published
 from ftcl.record import check_given, declared, defaults, read_record
-from ftcl.train import check_fit, evaluate_checkpoint, pretrain
+from ftcl.train import _check_fit, evaluate_checkpoint, pretrain
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -62,9 +62,9 @@ def test_every_key_of_a_recipe_is_a_parameter_of_its_notebook(path):
 @recipes_of("pretrain")
 def test_a_recipe_is_one_that_pretrain_takes(path):
     p = run_parameters(path)
-    check_fit(as_published(defaults(pretrain) | p))
+    _check_fit(as_published(defaults(pretrain) | p))
     for mixing in ("none", p["mixing"]):
-        check_fit(as_published(defaults(pretrain) | p | dict(mixing=mixing)))
+        _check_fit(as_published(defaults(pretrain) | p | dict(mixing=mixing)))
 
 
 @recipes_of("pretrain")

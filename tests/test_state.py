@@ -289,16 +289,16 @@ def test_any_flipped_bit_of_a_part_is_refused_or_changes_nothing(stopped, copy, 
     whole = part.read_bytes()
     chance = np.random.default_rng(0)
     refused = 0
-    from ftcl.checkpoint import Written, read_history
+    from ftcl.checkpoint import Written, _read_history
 
     note = read_note(folder / "run.safetensors")
     arguments = (folder / "run.safetensors", note["columns"], Written(**note["written"]))
-    right = read_history(*arguments).numpy().tobytes()
+    right = _read_history(*arguments).numpy().tobytes()
     for place in chance.integers(0, len(whole), 200):
         bit = 1 << int(chance.integers(8))
         part.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
         try:
-            assert read_history(*arguments).numpy().tobytes() == right
+            assert _read_history(*arguments).numpy().tobytes() == right
         except InputError as e:
             refused += "remove the checkpoint to begin anew" in str(e)
     assert refused > 100
