@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 README ?= README
 RUNS   ?= runs
-# further words for papermill (make ablation) and for JupyterLab (make lab)
+# further words for papermill (make ablation ABLATION="-p seeds 3") and for JupyterLab (make lab);
+# where the ablation's files go is said by RUNS
 ABLATION ?=
 LAB    ?=
 BOOK   ?= _book
@@ -31,11 +32,11 @@ $(READY): settings.ini constraints.txt setup.py
 
 env: $(READY) ## create .venv and install ftcl into it
 
-ablation: $(READY) ## the main job on the built-in shapes: none against posneg
+ablation: $(READY) ## the main job on the built-in shapes: none against posneg; goes on after a stop
 	mkdir -p $(RUNS)/ablation
 	@# papermill opens /dev/stderr anew, which would empty a log file: a pipe has nothing to lose
 	$(BIN)/papermill --no-progress-bar --stderr-file /dev/stderr \
-		nbs/ablation.ipynb $(RUNS)/ablation.ipynb -p out $(RUNS)/ablation $(ABLATION) \
+		nbs/ablation.ipynb $(RUNS)/ablation.ipynb -p out $(RUNS)/ablation -p resume True $(ABLATION) \
 		2>&1 | (trap '' INT TERM; exec cat >&2)
 	@find $(RUNS)/ablation -name '*.csv' -exec tail -n +1 {} +
 	@echo "Open $(RUNS)/ablation.ipynb (make lab) for the curves; records and scores are in $(RUNS)/ablation/."
