@@ -356,7 +356,8 @@ def test_the_readme_is_short_and_plain():
     for sentence in found:
         assert len(sentence.split()) <= 30, sentence
         outside = re.sub(r"\([^)]*\)", "", sentence)  # an interval stands in brackets
-        assert len(re.findall(r"\d[\d.,]*", outside)) <= 3, sentence
+        numbers = re.findall(r"(?<!\w)\d[\d.,]*(?!\w)", outside)  # of no name, as 00_core
+        assert len(numbers) <= 3, sentence
 
 
 RECORDS = sorted((ROOT / "results").rglob("*.json"))
