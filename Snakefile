@@ -46,6 +46,7 @@ FIGURES = {  # notebook in nbs/figures: (studies that it is drawn from, *: all; 
     ),
     "epochs": ("cifar10-settings", ["cifar10-epochs"]),
     "methods": ("cifar10-methods cifar10-transforms cifar10-rates", ["methods"]),
+    "tasks": ("cifar10-transfer transfer-*", ["tasks"]),
     "discussion": ("cifar10-transforms", ["cifar10-discussion"]),
     "auto": (
         "cifar10-transforms cifar10-methods cifar10-auto",
