@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'VIEWS', 'MIX', 'WEIGHTS', 'START', 'HOLDOUT', 'LAYERS', 'PRECISIONS', 'InputError', 'shown', 'reason',
-           'nearest', 'one_of', 'is_number', 'positive', 'within', 'whole', 'joined_names', 'check_shapes', 'register',
-           'seeded', 'row_blocks', 'constant', 'cpu_computes_bf16', 'native_precision', 'resolve_precision', 'alone',
-           'Processes', 'as_path', 'as_file_name', 'flush', 'replacing', 'remove_unfinished', 'locked']
+           'counted', 'nearest', 'one_of', 'is_number', 'positive', 'within', 'whole', 'joined_names', 'check_shapes',
+           'register', 'seeded', 'row_blocks', 'constant', 'cpu_computes_bf16', 'native_precision', 'resolve_precision',
+           'alone', 'Processes', 'as_path', 'as_file_name', 'flush', 'replacing', 'remove_unfinished', 'locked']
 
 # %% ../nbs/00_core.ipynb #703820f7
 import math
@@ -64,6 +64,15 @@ def reason(
     said = said or type(e).__name__
     return said if len(said) <= most else said[: most - 3] + "..."
 
+# %% ../nbs/00_core.ipynb #69a5e819
+def counted(
+    n: int,
+    one: str,  # What is counted, in the singular
+    many: str = "",  # In the plural; empty: with an s
+) -> str:
+    "A number of things in words, as `1 image` or `2,000 images`"
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
+
 # %% ../nbs/00_core.ipynb #4305c164
 def nearest(
     name: str,  # What was written
@@ -71,8 +80,11 @@ def nearest(
 ) -> str:  # ` Did you mean 'x'?`, or nothing if no name is near
     "A hint for a misspelt name; large and small letters are alike to it"
     by_lower = {str(o).lower(): str(o) for o in allowed}
-    near = get_close_matches(str(name).lower(), by_lower, 1)
-    return f" Did you mean {by_lower[near[0]]!r}?" if near else ""
+    written = str(name).lower()
+    for near in get_close_matches(written, by_lower, 3):
+        if get_close_matches(written.rpartition("/")[2], [near.rpartition("/")[2]]):
+            return f" Did you mean {by_lower[near]!r}?"
+    return ""
 
 # %% ../nbs/00_core.ipynb #679021c6
 def one_of(
@@ -328,6 +340,18 @@ def flush(
     finally:
         os.close(opened)
 
+def _why_not_written(
+    path: Path,
+    e: OSError,
+) -> str:
+    "What stands in the way; where it is a folder that is none, some libraries say it wrongly"
+    for parent in path.parents:
+        if os.path.isfile(parent):
+            return f"{parent} is a file, not a folder"
+    if not os.path.lexists(path.parent):
+        return f"there is no folder {path.parent}"
+    return reason(e)
+
 @contextmanager
 def replacing(
     path: Path,
@@ -340,7 +364,7 @@ def replacing(
         os.replace(part, path)
         flush(path.parent)
     except OSError as e:
-        raise InputError(f"{path} cannot be written: {reason(e)}.") from None
+        raise InputError(f"{path} cannot be written: {_why_not_written(path, e)}.") from None
     finally:
         with suppress(OSError):
             part.unlink()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHAPES', 'DATASETS', 'MOST_WORKERS', 'DECODES', 'ImageSet', 'check_images', 'InMemory', 'shapes', 'OnDisk',
            'decode_all', 'image_shape', 'resolve_workers', 'spread', 'resolve_decode', 'decode_once', 'load',
-           'check_set', 'shuffled', 'Sets', 'images_sum', 'data_splits', 'run_sets', 'split_images']
+           'check_set', 'shuffled', 'Sets', 'images_sum', 'data_splits', 'label_remedy', 'run_sets', 'split_images']
 
 # %% ../nbs/01_data.ipynb #a9a6148d
 import hashlib
@@ -34,8 +34,8 @@ from platformdirs import user_cache_dir
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from .core import HOLDOUT, InputError, alone, as_path, check_shapes, nearest, one_of
-from .core import replacing, seeded, shown, whole
+from .core import HOLDOUT, InputError, alone, as_path, check_shapes, counted, nearest
+from .core import one_of, replacing, seeded, shown, whole
 from .files import SPLITS, Listing, decode_image, encoded_bytes, find_source, image_size
 from .files import has_columns, list_images, split_names
 
@@ -290,7 +290,7 @@ class OnDisk(ImageSet):
     ) -> tuple:  # The item, and what to call it in a message
         "An image as it is encoded"
         place = self.place(i)
-        return self.listing.items[place], f"{self.listing.what} image {place}"
+        return self.listing.items[place], f"image {place} of {self.listing.what}"
 
     def picture(self,
         i: int,  # Number of an image, from 0 to N - 1
@@ -333,7 +333,7 @@ def decode_all(
 
 def _unequal(data):
     return (
-        f"the images of {data.listing.what!r} differ in size: give `size`, the side to scale "
+        f"the images of {data.listing.what} differ in size: give `size`, the side to scale "
         "them to."
     )
 
@@ -581,7 +581,7 @@ def _check_memory(data):
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         raise InputError(
-            f"decode is 'once', but the images of {data.listing.what!r} take {needed / 2**30:.0f} "
+            f"decode is 'once', but the images of {data.listing.what} take {needed / 2**30:.0f} "
             f"GiB, and this machine has {there / 2**30:.0f}: take as_needed."
         )
 
@@ -640,15 +640,19 @@ def check_set(
     if labels is not None:
         check_shapes(**{f"what {name} gives as labels": (labels, "N")})
         if len(labels) != n or labels.dtype != torch.int64:
-            found = f"{len(labels)} labels of {str(labels.dtype).removeprefix('torch.')}"
-            raise InputError(f"{name} gave {found}, but has {n} images, which need one int64 each.")
+            kind = str(labels.dtype).removeprefix("torch.")
+            raise InputError(
+                f"{name} gave {counted(len(labels), 'label')} of {kind}, but has "
+                f"{counted(n, 'image')}: give one int64 for each."
+            )
     if not isinstance(data.classes, (list, tuple, type(None))):
         raise InputError(f"the classes of {name} are {shown(data.classes)}, but must be a list.")
     if n:
         x = data.batch(torch.tensor([0, n - 1]))
         check_images(f"a batch of {name}", x)
         if len(x) != 2:
-            raise InputError(f"{name} gave {len(x)} images when it was asked for 2.")
+            given = counted(len(x), "image")
+            raise InputError(f"{name} gave {given} when it was asked for 2.")
     return data
 
 # %% ../nbs/01_data.ipynb #84ea1cbf
@@ -671,7 +675,8 @@ def _set_aside(
     left = len(images) - holdout
     if left <= 0:
         raise InputError(
-            f"holdout is {shown(holdout)}, but must be below the {len(images)} training images."
+            f"holdout is {shown(holdout)}, but must be below {len(images)}, the number of training "
+            "images."
         )
     if n_images > left:
         raise InputError(
@@ -739,7 +744,11 @@ def _measuring_splits(dataset, evaluate_on):
 
 def _called(images, name, split):
     "What to call a split in a message"
-    return images.listing.what if isinstance(images, OnDisk) else f"{name}/{split}"
+    return images.listing.what if isinstance(images, OnDisk) else f"{name} (split {split})"
+
+def _read_split(images, split):
+    "The split that was read where one was asked for: some sets have no `test`"
+    return images.listing.split if isinstance(images, OnDisk) else split
 
 class _Split(NamedTuple):
     "A split of a data set, as it was found"
@@ -749,8 +758,7 @@ class _Split(NamedTuple):
 
     def place(self):
         "Where it lies, however it was spelt: a name or a folder, and the split"
-        what = _called(self.images, self.name, self.split)
-        split = what.rpartition("/")[2]
+        split = _read_split(self.images, self.split)
         source = self.name if self.name in DATASETS else find_source(self.name)
         return os.path.realpath(source) if os.path.isabs(source) else source, split
 
@@ -784,19 +792,29 @@ def _refuse_trained(trained, measured):
     if same:
         what = _called(measured.images, measured.name, measured.split)
         raise InputError(
-            f"{what!r} would be trained on and measured on: set `holdout`, or name another split."
+            f"{what} would be trained on and measured on: set `holdout`, or name another split."
         )
 
 # %% ../nbs/01_data.ipynb #26151a0b
+def label_remedy(
+    name: str,  # Of a data set without labels, as in `load`
+) -> str:
+    "How its images get labels, for the end of a sentence; raises `InputError` as `load` does"
+    if name in DATASETS:
+        return "name another data set"
+    if has_columns(name):
+        return "set `label_column` to the column of labels"
+    return "put the images of each class into a folder of its own, as cat/1.png and dog/2.png"
+
 class _Measured(NamedTuple):
     "What readouts fit on and are tested on; nothing of it is decoded yet"
     bank: ImageSet | None  # None: the images that are trained on
     test: ImageSet | None  # None: nothing is measured
     words: str  # what it is, for the record
 
-def _split_in_words(images, name):
+def _split_in_words(images):
     "What a split that was asked for as `test` is: some sets have none but `validation`"
-    split = _called(images, name, "test").rpartition("/")[2]
+    split = _read_split(images, "test")
     return f"{SPLITS.get(split.lower(), split)} split"
 
 def _on_another_set(evaluate_on, dataset, trained, size, columns):
@@ -810,9 +828,12 @@ def _on_another_set(evaluate_on, dataset, trained, size, columns):
         found = found[1:]  # training images without labels cannot be the bank
     for images in found:
         if images.labels is None:
-            raise InputError(f"evaluate_on is {evaluate_on!r}, but must name images with labels.")
+            raise InputError(
+                f"evaluate_on is {evaluate_on!r}, but must name images with labels: "
+                f"{label_remedy(name)}."
+            )
     if len(found) == 2:
-        return _Measured(*found, f"{evaluate_on}: {_split_in_words(found[1], name)}")
+        return _Measured(*found, f"{evaluate_on}: {_split_in_words(found[1])}")
     images, = found
     fifth = len(images) // 5
     if not fifth:
@@ -832,7 +853,7 @@ def _on_test_split(dataset, trained, size, columns):
     _refuse_trained(trained, _Split(dataset, "test", test))
     if test.labels is None:
         return _on_nothing(_called(test, dataset, "test"))
-    return _Measured(None, test, _split_in_words(test, dataset))
+    return _Measured(None, test, _split_in_words(test))
 
 def _on_nothing(what):
     "No labels, no measurement: says how to get one"

@@ -11,7 +11,7 @@ __all__ = ['CANVAS_CLASSES', 'CANVASES', 'BOX_COLOURS', 'GROUPS', 'COCO_FILES', 
            'write_predictions', 'read_predictions', 'average_precision', 'check_files', 'transfer_sets', 'class_names',
            'check_encoder_name', 'check_transfer', 'transfer', 'transfer_table']
 
-# %% ../nbs/18_detection.ipynb #58037af0
+# %% ../nbs/18_detection.ipynb #c0da9818
 import hashlib
 import json
 import os
@@ -58,8 +58,8 @@ from .record import SCHEMA, Param, check_given, content_hash, declared, existing
 from .record import provenance, read_json, read_record, record_path, result_parameters
 from .record import writable, write_record
 from .study import Comparison, paired, record_paths
-from .train import Precision, Workers, cosine_lr, how_far, pretrain, refuse_surroundings
-from .train import set_lr, set_rounding, some_of
+from .train import Precision, Workers, cosine_lr, how_far, known_parameters, pretrain
+from .train import refuse_surroundings, set_lr, set_rounding, some_of
 from .views import MEAN, STD
 from .visualize import PAGE
 
@@ -104,11 +104,11 @@ def pixel_masks(
         raise InputError(f"a mask of {what} cannot be decoded: {reason(e)}.") from None
     return torch.from_numpy(masks).permute(2, 0, 1)  # (n, H, W)
 
-# %% ../nbs/18_detection.ipynb #dec8ccbf
+# %% ../nbs/18_detection.ipynb #76b998b7
 @dataclass(frozen=True, eq=False)
 class Detections:
     "Images with boxes; item i is (3, H, W) uint8 and its target; raises `InputError` as it decodes"
-    what: str  # names the set in messages: `<data set>/<split>`
+    what: str  # names the set in messages: `<data set> (split <split>)`
     pictures: list  # N of `Picture`
     classes: list  # names: label i means classes[i]
     categories: list  # number of each class in files of COCO's format
@@ -266,7 +266,7 @@ def _draw_box(ax, corners, colour):
         box = plt.Rectangle((left, top), across, down, fill=False, color=line, linewidth=width)
         ax.add_patch(box)
 
-# %% ../nbs/18_detection.ipynb #fcc12cf7
+# %% ../nbs/18_detection.ipynb #e51f5e5e
 def first_few(
     things: list,  # Texts
     most: int = 3,
@@ -320,7 +320,7 @@ class Findings:
                 boxes = "box" if len(places) == 1 else "boxes"
                 print(f"{what}: {len(places):,} {boxes} {told} ({first_few(places)})")
 
-# %% ../nbs/18_detection.ipynb #eb6c8b40
+# %% ../nbs/18_detection.ipynb #15c8843a
 class Mark(NamedTuple):
     "A box as it stands in a file"
     name: str  # of its class
@@ -362,7 +362,7 @@ def _picture(marked, classes, found):
     segments = None if None in segments else segments
     return Picture(*marked[:4], boxes, labels, ignored, segments)
 
-# %% ../nbs/18_detection.ipynb #5f01c24f
+# %% ../nbs/18_detection.ipynb #c3519cc8
 class _PlainXML(ElementTree.TreeBuilder):
     "Builds a tree, but refuses a declared document type"
     def doctype(self, name, pubid, system):
@@ -444,7 +444,7 @@ def read_voc(
 ) -> Detections:
     "A split in Pascal VOC's layout; raises `InputError` that names all that is wrong"
     folder = as_path("folder", folder)
-    what = f"{folder.name}/{split}"
+    what = f"{folder.name} (split {split})"
     found = Findings()
     names = _names_of_split(folder / "ImageSets" / "Main" / f"{split}.txt", found)
     images = {}
@@ -468,7 +468,7 @@ def read_voc(
     found.tell(what)
     return Detections(what, pictures, list(classes), list(range(1, len(classes) + 1)))
 
-# %% ../nbs/18_detection.ipynb #5b8b6038
+# %% ../nbs/18_detection.ipynb #a2d7e2f5
 GROUPS = dict(r="rare", c="common", f="frequent")  # of classes, as LVIS calls them
 
 def _coco_lists(content, file):
@@ -559,7 +559,7 @@ def _coco_mark(entry, where, names, images, found):
         name = names[entry["category_id"]]
         image.marks.append(Mark(name, corners, crowd == 1, where, segment))
 
-# %% ../nbs/18_detection.ipynb #e2d66438
+# %% ../nbs/18_detection.ipynb #fa7325f9
 def _numbers_of(classes, names):
     "The number of each class in a file; those that it lacks get numbers that are free"
     numbers = {name: number for number, name in names.items()}
@@ -635,7 +635,7 @@ def as_coco(
         categories.append(dict(id=data.categories[i], name=name, **group))
     return dict(images=images, categories=categories, annotations=annotations)
 
-# %% ../nbs/18_detection.ipynb #b8379b3a
+# %% ../nbs/18_detection.ipynb #d0080f0b
 COCO_FILES = [  # where the annotations of a split may be
     "annotations/instances_{split}.json", "annotations/lvis_v1_{split}.json",
     "annotations/{split}.json", "{split}/_annotations.coco.json", "lvis_v1_{split}.json",
@@ -667,7 +667,7 @@ def load_detections(
     "A split of a set with boxes; raises `InputError` for one that cannot be found or used"
     if dataset == "shapes":
         n, seed = CANVASES[one_of("the split of shapes", split, list(CANVASES))]
-        data = canvases(n, seed, what=f"shapes/{split}")
+        data = canvases(n, seed, what=f"shapes (split {split})")
         if classes is not None and sorted(classes) != sorted(CANVAS_CLASSES):
             raise InputError(f"the classes of shapes are {', '.join(CANVAS_CLASSES)}, all three.")
         return data
@@ -682,7 +682,7 @@ def load_detections(
     if splits[split] is None:
         return read_voc(folder, split, classes)
     images = [folder / place.format(split=split) for place in COCO_IMAGES]
-    return read_coco(splits[split], images, classes, f"{folder.name}/{split}")
+    return read_coco(splits[split], images, classes, f"{folder.name} (split {split})")
 
 # %% ../nbs/18_detection.ipynb #3597957b
 def stages(
@@ -1137,7 +1137,7 @@ def _found_boxes(data, picture, rows, masks):
         found["masks"] = pixel_masks(segments, picture.height, picture.width).bool()
     return found
 
-# %% ../nbs/18_detection.ipynb #98a938e4
+# %% ../nbs/18_detection.ipynb #153e0a84
 MOST_CHECKED = 5000  # images of a set whose size and masks are looked at before a run
 
 def check_files(
@@ -1191,7 +1191,8 @@ def transfer_sets(
         check_files(data)
     if p["batch_size"] > len(train):
         raise InputError(
-            f"batch_size is {p['batch_size']}, but there are {len(train)} images to train on."
+            f"batch_size is {p['batch_size']}, but must be at most {len(train)}, the number of "
+            "images to train on."
         )
     return train, test
 
@@ -1230,7 +1231,8 @@ def check_transfer(
             "or weights, or take 'trained'."
         )
 
-# %% ../nbs/18_detection.ipynb #bfb830e9
+# %% ../nbs/18_detection.ipynb #92805658
+@known_parameters
 def transfer(
     checkpoint: Annotated[
         str, Param("what pretrain wrote, ends in .safetensors; empty: weights", "encoder")

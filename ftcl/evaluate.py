@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LINEAR_VIEWS', 'SHARE_OF_SAFE', 'MOST_STATISTICS', 'READOUTS', 'FROZEN', 'CHECKS', 'evaluation_mode',
-           'encode_batches', 'check_finite_features', 'extract_features', 'image_batches', 'set_features',
+           'encode_batches', 'check_finite_features', 'extract_features', 'shape_of', 'image_batches', 'set_features',
            'check_labelled', 'check_sets', 'class_count', 'knn', 'knn_accuracy', 'logreg_classes', 'percent_right',
            'linear_logreg', 'paper_milestones', 'linear_batches', 'Standard', 'safe_rate', 'linear_layer',
            'some_features', 'linear_sgd', 'ReadoutSettings', 'Reading', 'knn_backbone', 'knn_projection',
@@ -110,7 +110,15 @@ def extract_features(
     batches = images.split(whole("batch_size", batch_size, 1))
     return check_finite_features(encode_batches(encoder, batches, space, precision))
 
-# %% ../nbs/10_evaluate.ipynb #288ec6f6
+# %% ../nbs/10_evaluate.ipynb #28a7fbbf
+def shape_of(
+    images: ImageSet,  # At least one
+) -> tuple:  # (H, W)
+    "Height and width of the images of a set; raises `InputError` if they differ"
+    if isinstance(images, OnDisk):
+        return image_shape(images)
+    return tuple(images.batch(torch.tensor([0])).shape[2:])
+
 def image_batches(
     data: ImageSet,
     batch_size: int = 500,  # Images at a time
@@ -140,7 +148,7 @@ def set_features(
     with closing(image_batches(data, workers=workers)) as batches:
         return check_finite_features(encode_batches(encoder, batches, space, precision))
 
-# %% ../nbs/10_evaluate.ipynb #44fc43ba
+# %% ../nbs/10_evaluate.ipynb #6e0d95dd
 _MOST_CLASSES = 2**20  # a label beyond is no class, and would take memory as if it were
 
 def check_labelled(

@@ -9,7 +9,7 @@ __all__ = ['ANY', 'FORMATS', 'MADE_WITH', 'EXPORTED', 'plain_tensors', 'save_ten
            'measured', 'card_header', 'card_tables', 'model_card', 'same_files', 'take_place', 'new_folder',
            'check_repository', 'push_folder', 'export_encoder']
 
-# %% ../nbs/17_export.ipynb #6b78926a
+# %% ../nbs/17_export.ipynb #67b3ca4e
 import filecmp
 import io
 import json
@@ -26,12 +26,12 @@ import torchvision
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
-from .checkpoint import beside, load_encoder, read_note, steps_of
+from .checkpoint import beside, load_run, read_note, steps_of
 from .core import InputError, as_path, flush, one_of, reason, shown
 from .encoder import SIDE_EXITS, call_backbone, torchvision_backbone, torchvision_names
 from .evaluate import READOUTS
 from .record import content_hash, declared, difference, read_record, result_parameters
-from .train import pretrain
+from .train import known_parameters, pretrain
 from .views import MEAN, STD
 
 # %% ../nbs/17_export.ipynb #2cdf1eae
@@ -290,12 +290,13 @@ FORMATS = {  # name: function of (backbone, parameters of its run, folder), how 
     "onnx": onnx_files,
 }
 
-# %% ../nbs/17_export.ipynb #eff0e132
+# %% ../nbs/17_export.ipynb #1d1a82f0
 def run_of(
     path: Path,  # A checkpoint
+    note: dict | None = None,  # What was read of it with its weights; None: read it now
 ) -> dict:  # As a record
     "What is known of the run of a checkpoint; raises `InputError` if its record is another run's"
-    note = read_note(path)
+    note = note or read_note(path)
     own = dict(checkpoint_sha256=content_hash(path), name=beside(path, "").name)
     steps = note["step"]
     file = beside(path, ".json")
@@ -375,7 +376,7 @@ def card_header(
     )
     return f"---\n{header.to_yaml()}\n---"
 
-# %% ../nbs/17_export.ipynb #20db1d3b
+# %% ../nbs/17_export.ipynb #a83f210d
 MADE_WITH = {  # entry of a record: what it is
     "steps": "steps",
     "n_train": "images to train on",
@@ -539,7 +540,8 @@ def push_folder(
             "log in by hf auth login, and push again."
         ) from None
 
-# %% ../nbs/17_export.ipynb #cf51bb21
+# %% ../nbs/17_export.ipynb #5df5a98b
+@known_parameters
 def export_encoder(
     checkpoint: str,  # What `pretrain` wrote, ends in `.safetensors`
     out: str,  # A folder, made if missing
@@ -555,10 +557,13 @@ def export_encoder(
     if not isinstance(license, str):
         raise InputError(f"license is {shown(license)}, but must be text, as 'apache-2.0'.")
     check_repository(push)
-    encoder, p = load_encoder(path)
-    run = run_of(path)
+    before = content_hash(path)
+    method, note = load_run(path)
+    run = run_of(path, note)
+    if run["checkpoint_sha256"] != before:
+        raise InputError(f"{path} was replaced while it was read: export it again, or a copy.")
     with new_folder(out, overwrite) as folder:
-        told = files(encoder.backbone, p, folder)
+        told = files(method.encoder.backbone, note["params"], folder)
         card = model_card(run, told, format, license)
         (folder / "README.md").write_text(card, encoding="utf-8")
     if push:

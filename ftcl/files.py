@@ -25,17 +25,18 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from .core import InputError, nearest, one_of, reason, shown
+from .core import InputError, counted, nearest, one_of, reason, shown
 
 # %% ../nbs/00b_files.ipynb #260601b0
 @dataclass(frozen=True, eq=False)
 class Listing:
     "The encoded images of one split of a data set, and what they show where that is known"
-    what: str  # `<data set>/<split>`, names it in messages
+    what: str  # `<data set> (split <split>)`, names it in messages
     items: Sequence  # N of dict(bytes=..., path=...), one of the two may be None
     labels: Tensor | None  # (N,) int64
     classes: list | None  # names: label i means classes[i]
     note: str = ""  # one line: what was left out, or found to be odd
+    split: str = "train"  # that was read
 
 # %% ../nbs/00b_files.ipynb #9657fd73
 def _written(
@@ -603,12 +604,17 @@ def _list_folder(name, split, tree, labelled=True):
     labels, classes, why = known
     items = part.items()
     notes = [_left_out(part), _no_splits(tree, folders), why, *_warnings(items)]
-    return Listing(_what(name, split), items, labels, classes, _joined(notes))
+    what = _what(name, split if folders else "")
+    return Listing(what, items, labels, classes, _joined(notes), split)
 
-def _what(name, split):
-    "What to call a split in a message: one line, whatever the name"
+def _what(
+    name: str,
+    split: str,  # Empty where the data set is not divided
+) -> str:
+    "What to call a split in a message: one line, whatever the name, and no path that is not there"
     name = str(name)
-    return f"{name if name.isprintable() and len(name) <= 300 else _written(name)}/{split}"
+    name = name if name.isprintable() and len(name) <= 300 else _written(name)
+    return f"{name} (split {split})" if split else name
 
 def _joined(notes):
     return "; ".join(note for note in notes if note)
@@ -683,6 +689,35 @@ def _quiet():
         if not bars_were_off:
             enable_progress_bars()
 
+# %% ../nbs/00b_files.ipynb #eb39873e
+def _is_reached(
+    source: str,  # A Hugging Face id
+) -> bool:
+    "Whether the hub answers a question about a data set, whatever the answer"
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+    try:
+        HfApi().dataset_info(source, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except HfHubHTTPError:
+        return True
+    except Exception:
+        return False
+    return True
+
+@contextmanager
+def _without_retries(
+    source: str,  # A Hugging Face id
+):  # Gives whether the hub is reached
+    "Where the hub is not reached, `datasets` looks in its cache alone within, and asks nobody"
+    from datasets import config
+    reached = _is_reached(source)
+    before = config.HF_HUB_OFFLINE
+    config.HF_HUB_OFFLINE = before or not reached
+    try:
+        yield reached
+    finally:
+        config.HF_HUB_OFFLINE = before
+
 # %% ../nbs/00b_files.ipynb #9f6428a6
 class _Table(NamedTuple):
     "A split in columns"
@@ -715,7 +750,7 @@ def _holds_bytes(kind):
 def _hub_table(what, source, split):
     "A split of a data set of the hub"
     from datasets import load_dataset
-    with _quiet():
+    with _quiet(), _without_retries(source):
         dataset = load_dataset(source, split=split)
     kinds = _kinds(dataset.features.arrow_schema, dataset.features)
     return _Table(what, kinds, dataset.data.column, lambda column: dataset, _cache_folders())
@@ -990,10 +1025,11 @@ def _list_table(name, split, files, open_table, image_column, label_column):
     _check_embedded(rows)
     if labels is not None and len(labels) != len(rows):
         raise InputError(
-            f"{found.what} has {len(rows)} images and {len(labels)} labels: its files are damaged."
+            f"{found.what} has {counted(len(rows), 'image')} and {counted(len(labels), 'label')}: "
+            "its files are damaged."
         )
     notes = [_parquet_note(files[split]), why, *_warnings(rows)]
-    return Listing(found.what, rows, labels, classes, _joined(notes))
+    return Listing(found.what, rows, labels, classes, _joined(notes), split)
 
 # %% ../nbs/00b_files.ipynb #f2f91a73
 def _open_folder(name, source):
@@ -1026,14 +1062,27 @@ def _only(tree):
 def _hub_splits(name, source):
     "Names of the splits of a data set of the hub; each has no files here"
     from datasets import get_dataset_split_names
+    reached = False
     try:
-        with _quiet():
+        with _quiet(), _without_retries(source) as reached:
             splits = get_dataset_split_names(source)
     except Exception as e:
-        raise InputError(
-            f"dataset {_written(name)} ({source}) cannot be read: {_first_reason(e)}."
-        ) from None
+        raise InputError(_why_no_hub(name, source, reached, e)) from None
     return {split: [] for split in _in_order(splits)}
+
+def _why_no_hub(name, source, reached, e):
+    "Why a data set of the hub cannot be read, and what can be done"
+    what = _written(name) if name == source else f"{_written(name)} ({source})"
+    other = "or name a folder of images or of Parquet files"
+    if not reached:
+        return (
+            f"dataset {what} is no folder here, and the hub cannot be reached: check the spelling "
+            f"and the network, load it once with a network ($HF_HUB_OFFLINE=1 reads that copy), "
+            f"{other}."
+        )
+    said = _first_reason(e)
+    what = "the data set" if source in said else f"dataset {what}"
+    return f"{what} cannot be read: {said}: check the spelling, {other}."
 
 def split_names(
     name,  # As in `list_images`
@@ -1086,7 +1135,8 @@ def list_images(
     def open_table(split):
         if not os.path.isabs(source):
             return _hub_table(_what(name, split), source, split)
-        return _local_table(_what(name, split), [os.path.join(source, o) for o in files[split]])
+        named = split if _parquet_word(files[split][0])[0] else ""
+        return _local_table(_what(name, named), [os.path.join(source, o) for o in files[split]])
 
     try:
         return _list_table(name, split, files, open_table, image_column, label_column)

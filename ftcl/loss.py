@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .core import InputError, check_shapes, one_of, positive, row_blocks, shown, within
-from .transform import FLOATS, Negatives, as_negatives, check_vectors, runs_eagerly
+from .transform import FLOATS, Negatives, as_negatives, check_kinds, check_vectors
+from .transform import runs_eagerly
 
 # %% ../nbs/04_loss.ipynb #d7c34dad
 _ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # None: PyTorch lacks oneDNN
@@ -67,16 +68,17 @@ def scores(
     return pos, torch.cat(neg, 1) if len(neg) > 1 else neg[0]
 
 def in_batch(
-    q: Tensor,  # (B, D) vectors of one view of each image
-    k: Tensor,  # (B, D) vectors of the other view
+    z1: Tensor,  # (B, D) vectors of one view of each image
+    z2: Tensor,  # (B, D) vectors of the other view
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # q, k, keys (2B, D) and their mask (B, 2B)
     "A batch as its own source of negatives: all vectors but a query's own two are its negatives"
-    check_vectors(q, k, q)
-    if len(q) < 2:
-        raise InputError(f"q has the shape {tuple(q.shape)}, but must hold 2 or more queries: "
+    check_shapes(z1=(z1, "BD"), z2=(z2, "BD"))
+    check_kinds(dict(z1=z1, z2=z2))
+    if len(z1) < 2:
+        raise InputError(f"z1 has the shape {tuple(z1.shape)}, but must hold 2 or more queries: "
                          "the others are the negatives.")
-    own = torch.eye(len(q), dtype=torch.bool, device=q.device)  # (B, B)
-    return q, k, torch.cat([q, k]), torch.cat([own, own], 1)
+    own = torch.eye(len(z1), dtype=torch.bool, device=z1.device)  # (B, B)
+    return z1, z2, torch.cat([z1, z2]), torch.cat([own, own], 1)
 
 # %% ../nbs/04_loss.ipynb #fdad870d
 def _logits(neg, tau):
@@ -278,11 +280,8 @@ def streamed_info_nce(
     if isinstance(keys, Negatives):
         raise InputError("keys has a mask or two kinds, which are not streamed: take "
                          "info_nce(*scores(...)).")
-    if not len(q):
-        raise InputError(f"q has the shape {tuple(q.shape)}, but must hold a query.")
-    if keys.ndim != 2 or not len(keys):
-        raise InputError(f"keys has the shape {tuple(keys.shape)}, but must be (K, D) with at "
-                         "least one negative.")
+    if keys.ndim != 2:
+        raise InputError(f"keys has the shape {tuple(keys.shape)}, but must be (K, D).")
     if keys.requires_grad:
         raise InputError("keys needs a gradient, which is not streamed: take "
                          "info_nce(*scores(...)).")

@@ -16,7 +16,8 @@ import pandas as pd
 import seaborn as sns
 import yaml
 from scipy.stats import t as t_distribution
-from .core import InputError, as_file_name, as_path, is_number, nearest, one_of, shown
+from .core import InputError, as_file_name, as_path, counted, is_number, nearest, one_of
+from .core import shown
 from .method import METHODS
 from .record import LATER_PARAMETERS, declared, defaults, read_record, result_parameters
 from .scores import read_scores
@@ -59,7 +60,7 @@ def paired(
     n = len(baseline)
     if not len(setting) == n > 0:
         raise InputError(
-            f"{n} runs against {len(setting)}: "
+            f"{counted(n, 'run')} against {len(setting)}: "
             "a paired comparison needs the same seeds in both, at least one."
         )
     if not (isinstance(coverage, float) and 0 < coverage < 1):

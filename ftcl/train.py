@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['LOOP_COLUMNS', 'TRACKERS', 'Decode', 'ImageColumn', 'Precision', 'Workers', 'cosine_lr', 'set_lr',
            'refuse_surroundings', 'set_rounding', 'find_device', 'begin', 'train_step', 'steps_to_come', 'check_run',
-           'pretrain', 'how_far', 'some_of', 'evaluate_checkpoint']
+           'known_parameters', 'pretrain', 'how_far', 'some_of', 'evaluate_checkpoint']
 
-# %% ../nbs/13_train.ipynb #0186ea1f
+# %% ../nbs/13_train.ipynb #d04b132f
 import atexit
+import io
 import json
 import math
 import os
@@ -17,9 +18,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext, suppress
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext, redirect_stdout, suppress
+from functools import partial, wraps
+from inspect import signature
 from itertools import repeat
 from pathlib import Path
 from statistics import median
@@ -31,18 +33,19 @@ from accelerate.utils import GradientAccumulationPlugin
 from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
-from .checkpoint import CHECKPOINT, State, Written, as_bytes, beside, chained
-from .checkpoint import load_checkpoint, load_encoder, read_note, read_rows
+from .checkpoint import ANEW, State, Written, as_bytes, beside, chained
+from .checkpoint import load_checkpoint, load_run, read_note, read_rows
 from .checkpoint import refuse_other_run, remove_parts, save_checkpoint, steps_of
 from .core import LAYERS, MIX, ORDER, PRECISIONS, VIEWS, InputError, Processes
-from .core import alone, joined_names, locked, reason, remove_unfinished, replacing
-from .core import resolve_precision, seeded, shown
+from .core import alone, counted, joined_names, locked, nearest, reason, remove_unfinished
+from .core import replacing, resolve_precision, seeded, shown
 from .data import DATASETS, DECODES, MOST_WORKERS, ImageSet, OnDisk, Sets, data_splits
-from .data import image_shape, load, resolve_workers, run_sets, shuffled
-from .encoder import STEMS, Encoder, encoder_name, sync_bn
+from .data import image_shape, label_remedy, load, resolve_workers, run_sets, shuffled
+from .encoder import CHECKPOINT, STEMS, Encoder, encoder_name, is_torch_file, refuse_size
+from .encoder import sync_bn
 from .evaluate import FROZEN, READOUTS, Reading, ReadoutSettings, check_readouts, check_sets
 from .evaluate import class_count, percent_right, read_out, readings, record_entries
-from .evaluate import set_features
+from .evaluate import set_features, shape_of
 from .files import find_source
 from .method import METHODS, NEG_QUERIES, Method, as_published, augmentation_of
 from .method import build_method, transform_of
@@ -83,7 +86,7 @@ def set_lr(
         else:
             group["lr"] = rate
 
-# %% ../nbs/13_train.ipynb #0ef76078
+# %% ../nbs/13_train.ipynb #551c27d3
 def _check_fit(
     p: dict,  # All parameters of `pretrain`
 ):
@@ -104,7 +107,7 @@ def _check_fit(
     if batch == splits:
         raise InputError(f"bn_splits is {splits}, but must leave 2 or more of {batch} images each.")
 
-# %% ../nbs/13_train.ipynb #3db36055
+# %% ../nbs/13_train.ipynb #e403015a
 _SETTINGS = (  # Would change a run's numbers; Accelerate reads each as ACCELERATE_<name>
     "GRADIENT_ACCUMULATION_STEPS", "MIXED_PRECISION", "DYNAMO_BACKEND", "DOWNCAST_BF16",
     "USE_FSDP", "USE_DEEPSPEED", "USE_MEGATRON_LM", "USE_PARALLELISM_CONFIG",
@@ -142,16 +145,16 @@ def refuse_surroundings():
         if value not in ("", "STRICT"):
             raise InputError(f"{name}={value} would round products otherwise: unset it.")
     if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
-        raise InputError("gradients are turned off here: call pretrain outside of torch.no_grad().")
+        raise InputError("gradients are turned off here: call this outside of torch.no_grad().")
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        raise InputError("autocast is on: call pretrain outside of it, and set `precision`.")
+        raise InputError("autocast is on: call this outside of it, and set `precision`.")
     device = torch.get_default_device()
     if device.type != "cpu":
         raise InputError(
             f"torch's default device is {device}: set it to cpu, for a run finds its own."
         )
 
-# %% ../nbs/13_train.ipynb #14a7d7c5
+# %% ../nbs/13_train.ipynb #7f19de2f
 def _leave_processes():
     "Leave the group of processes, so that none is waited for when the program ends"
     if torch.distributed.is_initialized():
@@ -254,7 +257,7 @@ def begin(
         made_with=made_with, weights_sum=weights,
     )
 
-# %% ../nbs/13_train.ipynb #3a8f3f83
+# %% ../nbs/13_train.ipynb #6ebaeb66
 def _compile_backbones(
     method: Method,  # Its encoder, and its key encoder where it has one, are changed in place
     device: torch.device,
@@ -292,7 +295,7 @@ LOOP_COLUMNS = {  # column that the loop passes to the recorder: meaning, unit
     ),
 }
 
-# %% ../nbs/13_train.ipynb #256d1bc6
+# %% ../nbs/13_train.ipynb #c20be32e
 def _seed_layers(s: State):
     "What dropout and its like draw in a step: decided by seed, step and process"
     numbers = (s.params["seed"], LAYERS, s.step, s.accelerator.process_index)
@@ -305,7 +308,7 @@ def _callers_random_numbers(s: State):
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
 
-# %% ../nbs/13_train.ipynb #83c6d8c7
+# %% ../nbs/13_train.ipynb #8b6f2fdd
 def _gradient_norms(
     s: State,
     q: Tensor,  # (b, D) queries, which kept their gradient
@@ -363,7 +366,7 @@ def train_step(
         )
     s.step += 1
 
-# %% ../nbs/13_train.ipynb #076a7f59
+# %% ../nbs/13_train.ipynb #eea449c1
 def _check_finite(s: State):
     "Raise `InputError` if a loss since the last look is not a number"
     if not s.losses:
@@ -379,7 +382,7 @@ def _check_finite(s: State):
     loss = s.losses[first].item()
     raise InputError(f"the loss is {loss} at step {step}: training diverged. {remedy}.")
 
-# %% ../nbs/13_train.ipynb #b4be06c4
+# %% ../nbs/13_train.ipynb #477fd0a7
 def _add_up_losses(s: State):
     "Keep the sum and the number of the epoch's losses, in place of the losses"
     if s.losses:
@@ -387,7 +390,7 @@ def _add_up_losses(s: State):
         s.loss_count += len(s.losses)
         s.losses = []
 
-# %% ../nbs/13_train.ipynb #34511a74
+# %% ../nbs/13_train.ipynb #e9159462
 @contextmanager
 def _stop_signal():
     "A list that fills when the run is interrupted, so that the step at hand ends well"
@@ -402,7 +405,7 @@ def _stop_signal():
         for number, handler in old.items():
             signal.signal(number, handler)
 
-# %% ../nbs/13_train.ipynb #2ce66ed0
+# %% ../nbs/13_train.ipynb #c863588f
 def _any_caught(
     s: State,
     caught: list,  # From `_stop_signal`
@@ -442,7 +445,7 @@ def steps_to_come(
             batches = order.split(p["batch_size"])
         yield batches[place], (p["seed"], VIEWS, step)
 
-# %% ../nbs/13_train.ipynb #4d8b40fe
+# %% ../nbs/13_train.ipynb #ba052d07
 def _views_to_come(
     s: State,
     train: ImageSet,  # On the device of the method, if it fits there
@@ -513,7 +516,7 @@ def _train_epoch(
     _check_finite(s)  # waits for the device
     s.seconds += time.perf_counter() - start
 
-# %% ../nbs/13_train.ipynb #523f5e19
+# %% ../nbs/13_train.ipynb #53a8781f
 def _readout_settings(
     s: State,
 ) -> ReadoutSettings:
@@ -575,7 +578,7 @@ def _end_epoch(
     s.loss_count = 0
     bar.set_postfix({name: f"{value:.4g}" for name, value in row.items()})
 
-# %% ../nbs/13_train.ipynb #9a72e7ea
+# %% ../nbs/13_train.ipynb #5e665d65
 TRACKERS = ["tensorboard", "trackio", "wandb"]  # of Accelerate; a package has the same name
 
 def _tracker_names(
@@ -596,7 +599,7 @@ def _require_trackers(
                 f"log_with is {shown(log_with)}, but {name} is not installed: pip install {name}."
             )
 
-# %% ../nbs/13_train.ipynb #ce49c8a7
+# %% ../nbs/13_train.ipynb #056b11cf
 def _start_tracker(
     name: str,  # Of `TRACKERS`
     p: dict,  # Parameters of `pretrain`
@@ -628,7 +631,7 @@ def _start_tracker(
     except Exception as e:
         raise InputError(f"{name} cannot be started ({reason(e)}): leave log_with empty.") from None
 
-# %% ../nbs/13_train.ipynb #1b83176d
+# %% ../nbs/13_train.ipynb #d34aaef2
 class _RunLog:
     "What a tracker is told of a run: every recorded step and every epoch, once"
     def __init__(self,
@@ -704,7 +707,7 @@ def _tell(
         log.update(s)
     return time.perf_counter() - start
 
-# %% ../nbs/13_train.ipynb #ffded7c4
+# %% ../nbs/13_train.ipynb #4f6aef95
 def _progress_bar(
     s: State,
     total: int,  # Steps
@@ -758,7 +761,7 @@ def _train_to_end(
         )
     return s.step == total
 
-# %% ../nbs/13_train.ipynb #e07eee48
+# %% ../nbs/13_train.ipynb #f0d98cfa
 _FITTED_ON = {  # what is measured on: what readouts are fitted on
     "test split": "training images",
     "validation split": "training images",
@@ -793,7 +796,7 @@ def _measured_entries(
     words = _fitted_and_measured(p["dataset"], p["evaluate_on"], sets.measured_on)
     return record_entries(found, *words)
 
-# %% ../nbs/13_train.ipynb #f7b44dc2
+# %% ../nbs/13_train.ipynb #3047f3d5
 def _make_record(
     s: State,
     sets: Sets,
@@ -837,7 +840,7 @@ def _finish(
     write_record(record, path)
     remove_parts(path.with_suffix(".safetensors"))
 
-# %% ../nbs/13_train.ipynb #40a076e4
+# %% ../nbs/13_train.ipynb #8c4b405b
 def _readout_names(
     readouts: str,  # Names of `READOUTS`, joined by +; `none`; empty: `FROZEN`
 ) -> list:
@@ -851,7 +854,7 @@ def check_run(
     check_given(p, declared(pretrain))
     _check_fit(as_published(defaults(pretrain) | p))
 
-# %% ../nbs/13_train.ipynb #a778622e
+# %% ../nbs/13_train.ipynb #31eb0cf6
 def _check_scores(
     record: dict,
     path: Path,  # Of the record
@@ -880,7 +883,7 @@ def _check_encoder(
     if not os.path.lexists(checkpoint):
         print(f"{path} is finished, but its encoder is gone: {checkpoint} is missing.")
         return
-    note = read_note(checkpoint)
+    note = read_note(checkpoint, "copy it again, or remove it and run anew with resume=False")
     if note["step"] != record["steps"]:
         raise InputError(
             f"{path} is the record of a run of {record['steps']} steps, but {checkpoint} is of "
@@ -931,9 +934,85 @@ def _decided(
     checkpoint = path.with_suffix(".safetensors")
     if p["decode"] != "auto" or not p["resume"] or not checkpoint.exists():
         return p["decode"]
-    return read_note(checkpoint)["params"]["decode"]
+    return read_note(checkpoint, ANEW)["params"]["decode"]
 
-# %% ../nbs/13_train.ipynb #3d8c24c1
+def _refuse_running(
+    path: Path,  # Of a record
+):
+    "Raise `InputError` if another process writes the run's files; the first of a group looks"
+    lock = path.with_suffix(".lock")
+    if os.environ.get("RANK", "0") == "0" and os.access(lock, os.W_OK):
+        with locked(path.with_suffix("")):
+            pass  # a killed process left it
+
+# %% ../nbs/13_train.ipynb #0dd0a5e3
+def _is_measured(
+    p: dict,  # Parameters of `pretrain`
+) -> bool:
+    "Whether a run is to measure anything"
+    return bool(_readout_names(p["readouts"]) or p["knn_every"] or p["probe"])
+
+_NO_TEST = "has no test split"  # what `run_sets` says last, when all else is well
+
+def _sets_to_train(
+    p: dict,  # Parameters of `pretrain`
+    decode: str,  # From `_decided`
+) -> Sets:
+    "The images of a run; raises `InputError` as `run_sets`, but not for a test split unasked for"
+    names = ("holdout", "n_images", "split", "evaluate_on", "image_column", "label_column")
+    asked = dict(decode=decode) | {name: p[name] for name in names}
+    size = p["size"] or None
+    try:
+        return run_sets(p["dataset"], size, **asked)
+    except InputError as e:
+        if _NO_TEST not in str(e):
+            raise
+        if _is_measured(p):
+            raise InputError(
+                f"{str(e).rstrip('.')}; readouts='none', knn_every=0 and probe=False measure "
+                "nothing and need neither."
+            ) from None
+    with redirect_stdout(io.StringIO()):  # what there is to say has been said
+        return run_sets(p["dataset"], size, **asked | dict(label_column="none"))
+
+def _refuse_sizes(
+    p: dict,  # Parameters of `pretrain`
+    method: Method,
+    sets: Sets,
+):
+    "Raise `InputError` if the backbone cannot take the views, or the images to measure on"
+    if not len(sets.train):
+        return
+    side = p["view_size"]
+    shape = (side, side) if side else shape_of(sets.train)
+    remedy = "`view_size`" if side else "`size`, which a `view_size` of 0 takes over"
+    asked = [(shape, remedy)]
+    if method.small_views is not None:
+        small = max(round(method.small_views.side * shape[0]), 1)
+        asked.append(((small, small), "another `encoder` or `method`, for its small views are so"))
+    if sets.test is not None and _is_measured(p):
+        asked.append((shape_of(sets.test), "`size`"))
+    for shape, remedy in asked:
+        refuse_size(p["encoder"], method.encoder.backbone, shape, remedy)
+
+def _tell_of_few_steps(
+    s: State,  # Before its first step, with images
+):
+    "Say it if a run is too short for strength `auto` to reach its ceiling"
+    transform = s.method.transform
+    if transform.auto is None or "signal" not in transform.draws:
+        return
+    rise = transform.auto.rise
+    ceiling = transform.auto.ceiling
+    per_epoch, total = steps_of(s.params, s.n_train)
+    steps = total - per_epoch * s.params["start_epoch"]
+    if steps < rise and s.accelerator.is_main_process:
+        print(
+            f"{s.params['name']}: strength {s.params['strength']!r} needs {rise} transformed steps "
+            f"or more to reach {ceiling:g}, but the run has {steps}: it reaches "
+            f"{ceiling * steps / rise:.3g} at most."
+        )
+
 def _meet_images(
     s: State,  # Before its first step
     sets: Sets,
@@ -943,7 +1022,8 @@ def _meet_images(
     s.n_train = len(sets.train)
     s.images_sum = sets.images_sum
     if s.n_train < p["batch_size"]:
-        raise InputError(f"batch_size is {p['batch_size']}, but there are {s.n_train} images.")
+        images = counted(s.n_train, "image")
+        raise InputError(f"batch_size is {p['batch_size']}, but training has {images}.")
     if sets.test is not None:
         names = _readout_names(p["readouts"]) + ["knn_backbone"] * bool(p["knn_every"])
         check_readouts(names, sets.bank, sets.test, _readout_settings(s))
@@ -980,6 +1060,8 @@ def _go_on(
     s.accelerator.wait_for_everyone()  # nobody writes before all have looked
     if s.accelerator.is_main_process:
         remove_unfinished(path.with_suffix(""), tuple(f".{ending}" for ending in FILES))
+    if s.step == 0:
+        _tell_of_few_steps(s)
     if not _train_to_end(s, sets, checkpoint):
         return None
     if s.accelerator.is_main_process:
@@ -987,7 +1069,7 @@ def _go_on(
     s.accelerator.wait_for_everyone()
     return read_record(path)
 
-# %% ../nbs/13_train.ipynb #fdbdda47
+# %% ../nbs/13_train.ipynb #2ca27b91
 Decode = Annotated[
     str,
     Param(
@@ -1015,7 +1097,21 @@ Workers = Annotated[
     ),
 ]
 
-# %% ../nbs/13_train.ipynb #6286df54
+# %% ../nbs/13_train.ipynb #ed9d4f31
+def known_parameters(
+    f: Callable,
+) -> Callable:  # The same, which raises `InputError` for a keyword that it does not know
+    "A function that names the nearest parameter where a keyword is misspelt"
+    known = list(signature(f).parameters)
+    @wraps(f)
+    def checked(*given, **named):
+        for name in named:
+            if name not in known:
+                raise InputError(f"unknown parameter {name!r}.{nearest(name, known)}")
+        return f(*given, **named)
+    return checked
+
+@known_parameters
 def pretrain(
     dataset: Annotated[str, Param("shapes, a folder, or a Hugging Face id", "data")] = "shapes",
     split: Annotated[str, Param("the split to train on", "data")] = "train",
@@ -1222,6 +1318,7 @@ def pretrain(
     path = record_path(out, name)
     if dry_run:
         return _rehearse(p, path)
+    _refuse_running(path)
     return _finished_run(p, path) or _run_to_record(*_start(p, path))
 
 def _start(
@@ -1235,17 +1332,14 @@ def _start(
     loaded = getattr(method.encoder, "loaded", "")
     if loaded and accelerator.is_main_process:
         print(loaded)
+    sets = _sets_to_train(p, _decided(p, path))
+    p["decode"] = sets.decode
+    _refuse_sizes(p, method, sets)
     if p["compiled"]:
         _compile_backbones(method, accelerator.device)
-    s = begin(p, accelerator, method)
-    asked = {}
-    for name in ("holdout", "n_images", "split", "evaluate_on", "image_column", "label_column"):
-        asked[name] = p[name]
-    sets = run_sets(p["dataset"], p["size"] or None, decode=_decided(p, path), **asked)
-    p["decode"] = sets.decode
-    return s, sets
+    return begin(p, accelerator, method), sets
 
-# %% ../nbs/13_train.ipynb #53553d6b
+# %% ../nbs/13_train.ipynb #6a64f83d
 _WARM_UP = 3  # steps of a dry run that are not timed
 _TIMED = 5  # steps that are
 
@@ -1290,6 +1384,27 @@ def _sizes_on_disk(
     text = len(json.dumps(s.params, indent=1)) + 100 * s.params["epochs"]
     return len(as_bytes(s, Written())) / 1e6, (scores + text) / 1e6
 
+def _rounded(
+    value: float,  # 0 or more
+) -> str:
+    "Three digits, or more where they stand before the point"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+def _duration(
+    seconds: float,
+) -> str:
+    "A time in the unit that it is read in"
+    for unit, length in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{_rounded(seconds / length)} {unit}"
+    return f"{_rounded(seconds)} seconds"
+
+def _in_bytes(
+    megabytes: float,
+) -> str:
+    "A size in MB, or in kB where it is small"
+    return f"{_rounded(1000 * megabytes)} kB" if megabytes < 1 else f"{_rounded(megabytes)} MB"
+
 def _forecast(
     s: State,  # After its first steps
     decode: str,  # As in `Sets`
@@ -1313,8 +1428,10 @@ def _forecast(
         "peak memory": memory,
         "one step": f"{step:.3g} s, median of {len(seconds)} after {warm_up} to warm up",
         "steps": f"{total:,}, in {p['epochs']:,} epochs of batches of {p['batch_size']:,}",
-        "whole run": f"{step * total / 3600:.3g} hours, without readouts and checkpoints",
-        "on disk": f"checkpoint {checkpoint:.3g} MB, kept twice; record about {record:.3g} MB",
+        "whole run": f"{_duration(step * total)}, without readouts and checkpoints",
+        "on disk": (
+            f"checkpoint {_in_bytes(checkpoint)}, kept twice; record about {_in_bytes(record)}"
+        ),
     }
 
 def _rehearse(
@@ -1325,28 +1442,30 @@ def _rehearse(
     before = _resident_peak()
     s, sets = _start(p | dict(resume=False), path)
     _meet_images(s, sets)
+    _tell_of_few_steps(s)
     device = s.accelerator.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     seconds = _time_steps(s, sets.train)
-    memory = f"{_resident_peak() - before:,.0f} MB: rise of this process's peak resident memory"
+    rise = _in_bytes(_resident_peak() - before)
+    memory = f"{rise}: rise of this process's peak resident memory"
     if device.type == "cuda":
-        memory = f"{torch.cuda.max_memory_allocated(device) / 1e6:,.0f} MB allocated on the GPU"
+        memory = f"{_in_bytes(torch.cuda.max_memory_allocated(device) / 1e6)} allocated on the GPU"
     if s.accelerator.is_main_process:
         for name, text in _forecast(s, sets.decode, seconds, memory).items():
             print(f"{name:<12} {text}")
     s.accelerator.wait_for_everyone()
 
-# %% ../nbs/13_train.ipynb #c2b4bc4f
+# %% ../nbs/13_train.ipynb #e35dcdfa
 def _is_foreign(
     checkpoint: str,  # A file
 ) -> bool:
-    "Whether it is a file that can be read, and no checkpoint of ftcl"
+    "Whether it is a file of weights, and no checkpoint of ftcl"
     try:
         with safe_open(checkpoint, "pt") as file:
             return (file.metadata() or {}).get("format") != CHECKPOINT["format"]
     except Exception:  # no safetensors file, or half of one
-        return os.path.isfile(checkpoint) and not str(checkpoint).endswith(".safetensors")
+        return os.path.isfile(checkpoint) and is_torch_file(checkpoint)
 
 class _Subject(NamedTuple):
     "What is read out"
@@ -1357,15 +1476,16 @@ class _Subject(NamedTuple):
 def _run_subject(
     p: dict,  # Parameters of `evaluate_checkpoint`
 ) -> _Subject:
-    "The encoder of a checkpoint of ftcl; raises `InputError` as `load_encoder` does"
+    "The encoder of a checkpoint of ftcl; raises `InputError` as `load_run` does"
     checkpoint = p["checkpoint"]
     if _is_foreign(checkpoint):
         raise InputError(
             f"{checkpoint} is no checkpoint of ftcl: name the `encoder` that its weights are of."
         )
-    encoder, trained = load_encoder(checkpoint)
+    method, note = load_run(checkpoint)
+    trained = note["params"]
     about = dict(pretrained=result_parameters(trained, pretrain))
-    return _Subject(encoder, trained, about | how_far(checkpoint))
+    return _Subject(method.encoder, trained, about | how_far(checkpoint, note))
 
 def _foreign_subject(
     p: dict,  # Parameters of `evaluate_checkpoint`
@@ -1386,9 +1506,10 @@ def _foreign_subject(
 
 def how_far(
     checkpoint: str,
+    note: dict | None = None,  # What was read of it with its weights; None: read it now
 ) -> dict:  # step, steps
     "How many of its steps a checkpoint has seen, said if it is not all of them"
-    note = read_note(checkpoint)
+    note = note or read_note(checkpoint)
     _, steps = steps_of(note["params"], note["n_train"])
     if note["step"] < steps:
         print(f"{checkpoint} is unfinished: it is read out at step {note['step']} of {steps}.")
@@ -1409,7 +1530,7 @@ def _names_to_read(
         )
     return read
 
-# %% ../nbs/13_train.ipynb #2b916c57
+# %% ../nbs/13_train.ipynb #62f8e21d
 def _side_of_run(
     trained: dict,  # Parameters of a pretraining
 ) -> int | None:  # Pixels; None: there was no run
@@ -1432,7 +1553,7 @@ def some_of(
 ) -> ImageSet:
     "n of the images, in an order of their own; raises `InputError` if there are fewer"
     if n > len(images):
-        raise InputError(f"n_images is {n}, but there are {len(images)} images.")
+        raise InputError(f"n_images is {n}, but the set has {counted(len(images), 'image')}.")
     return images.take(shuffled(len(images))[:n]) if n else images
 
 def _sets_of_run(
@@ -1444,7 +1565,13 @@ def _sets_of_run(
     for name in ("image_column", "label_column"):
         as_run[name] = p[name] or trained[name]
     size = p["size"] or trained["size"] or None
-    return run_sets(trained["dataset"], size, decode=p["decode"], **as_run)
+    try:
+        return run_sets(trained["dataset"], size, decode=p["decode"], **as_run)
+    except InputError as e:
+        if _NO_TEST not in str(e):
+            raise
+        name = trained["dataset"]
+        raise InputError(f"dataset {name!r} of the run {_NO_TEST}: set `dataset`.") from None
 
 def _sets_of_another(
     p: dict,  # Parameters of `evaluate_checkpoint`
@@ -1473,11 +1600,10 @@ def _sets_to_measure(
     sets = _sets_of_another(p, trained) if p["dataset"] else _sets_of_run(p, trained)
     if sets.test is None:
         name = p["dataset"] or trained["dataset"]
-        remedy = "set `label_column`, or give another `dataset`."
-        raise InputError(f"{name!r} has no labels, but must have them: {remedy}")
+        raise InputError(f"{name!r} has no labels, but must have them: {label_remedy(name)}.")
     return sets._replace(bank=some_of(sets.bank, p["n_images"]))
 
-# %% ../nbs/13_train.ipynb #364a847b
+# %% ../nbs/13_train.ipynb #92ccc9f3
 def _foreign_encoder(
     name: str,  # As in `encoder_name`; empty: none
 ):
@@ -1498,12 +1624,15 @@ def _read_subject(
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = subject.encoder.to(device)
+    name = p["encoder"] or subject.trained["encoder"]
+    refuse_size(name, encoder.backbone, shape_of(sets.test), "`size`")
     found = readings(encoder, sets.bank, sets.test, _names_to_read(p), settings)
     evaluate_on = p["dataset"] or subject.trained["evaluate_on"]
     dataset = p["dataset"] or subject.trained["dataset"]
     words = _fitted_and_measured(dataset, evaluate_on, sets.measured_on)
     return record_entries(found, *words) | provenance(device)
 
+@known_parameters
 def evaluate_checkpoint(
     checkpoint: Annotated[
         str,
@@ -1576,7 +1705,7 @@ def evaluate_checkpoint(
         schema=SCHEMA, name=name,
         parameters=result_parameters(p, evaluate_checkpoint),
         measured_on=sets.measured_on,
-        image_size=list(sets.test.batch(torch.tensor([0])).shape[2:]),
+        image_size=list(shape_of(sets.test)),
         classes=class_count(sets.bank),
         n_train=len(sets.bank), n_test=len(sets.test),
     )

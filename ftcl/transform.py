@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FLOATS', 'LEVELS', 'TRANSFORMS', 'ALIASES', 'CURVES', 'extrapolate', 'check_alike', 'interpolate', 'sample_beta',
            'check_memory', 'check_generator', 'Options', 'Negatives', 'as_negatives', 'Transform', 'mean_of',
-           'Extrapolation', 'Interpolation', 'transform_names', 'check_vectors', 'Schedule', 'schedule',
-           'check_strength', 'check_alpha', 'mean_of_others', 'Auto', 'runs_eagerly', 'known_options',
+           'Extrapolation', 'Interpolation', 'transform_names', 'check_vectors', 'check_kinds', 'Schedule', 'schedule',
+           'check_strength', 'check_alpha', 'mean_of_others', 'Auto', 'runs_eagerly', 'can_be_read', 'known_options',
            'FeatureTransform', 'on_arc', 'EasierPositives', 'ArcExtrapolation', 'NegativeExtrapolation',
            'ArcInterpolation', 'Synthetic', 'MoCHi', 'SynCoIn', 'SynCoEx', 'SynCoMix', 'SynCoNoise', 'SynCoGrad',
            'SynCoSign']
@@ -475,15 +475,25 @@ def check_vectors(
         if mask.dtype != torch.bool or mask.device != q.device:
             raise InputError(f"mask holds {mask.dtype} on {mask.device}, but must hold bools on "
                              f"{q.device}, True where a key is no negative.")
-    if q.dtype not in FLOATS:
-        raise InputError(f"q holds {q.dtype}, but must hold floating-point numbers.")
-    for name, (x, _) in vectors.items():
-        if x.dtype != q.dtype:
-            raise InputError(f"q holds {q.dtype} and {name} {x.dtype}, but all must hold one "
-                             "floating-point type.")
-        if x.device != q.device or x.layout != torch.strided or q.layout != torch.strided:
-            raise InputError(f"q is {q.layout} on {q.device} and {name} {x.layout} on {x.device}, "
-                             "but all must be plain tensors on one device.")
+    check_kinds({name: x for name, (x, _) in vectors.items()})
+
+def check_kinds(
+    vectors: dict,  # By name
+):
+    "Raise `InputError` unless tensors hold numbers of one floating-point type, on one device"
+    first, one = next(iter(vectors.items()))
+    if one.dtype not in FLOATS:
+        raise InputError(f"{first} holds {one.dtype}, but must hold floating-point numbers.")
+    for name, x in vectors.items():
+        if x.dtype != one.dtype:
+            wider = f"{first}.float() or " if x.dtype == torch.float32 else ""
+            raise InputError(f"{first} holds {one.dtype} and {name} {x.dtype}, but all must hold "
+                             f"one floating-point type: take {wider}{name}.to({first}.dtype).")
+        if x.device != one.device or x.layout != torch.strided or one.layout != torch.strided:
+            raise InputError(f"{first} is {one.layout} on {one.device} and {name} {x.layout} on "
+                             f"{x.device}, but all must be plain tensors on one device.")
+        if not x.numel():
+            raise InputError(f"{name} has the shape {tuple(x.shape)}, but must not be empty.")
 
 # %% ../nbs/03_transform.ipynb #c8eaf6cf
 CURVES = {  # name: share of the run that is over -> share of the way
@@ -637,7 +647,7 @@ def _warn_of_vectors(
     "Warn of vectors that are not of length 1, and of a query that meets its own key"
     named = {"q": q, "k": k, "keys": negatives.shared, "own keys": negatives.own}
     named = {name: x.detach() for name, x in named.items() if x is not None and x.numel()}
-    if not _can_be_read(*named.values()):
+    if not can_be_read(*named.values()):
         return
     lengths = {name: x.norm(dim=-1).float().median().item() for name, x in named.items()}
     wrong = [f"{name} {length:.3g}" for name, length in lengths.items() if abs(length - 1) > 0.02]
@@ -651,7 +661,9 @@ def _warn_of_vectors(
                       "or give a mask that is True there, as in_batch of ftcl.loss does.",
                       stacklevel=5)
 
-def _can_be_read(*tensors):
+def can_be_read(
+    *tensors: Tensor,
+) -> bool:
     "Whether these are plain tensors with numbers, and no GPU records what is done"
     if any(type(x) not in (Tensor, nn.Parameter) or x.is_meta for x in tensors):
         return False
@@ -710,7 +722,7 @@ class FeatureTransform(nn.Module):
         alpha: float | str = 2.0,  # a_ex: l_ex = 1 + strength * Beta(a_ex, a_ex); or a `schedule`
         alpha_neg: float = 1.6,  # a_in: l_in = Beta(a_in, a_in)
         renormalize: bool = False,  # Put the transformed vectors back on the sphere
-        strength: float | str | Tensor = 1.0,  # s: reach of l_ex, in (0, 1]; `auto`; a schedule
+        strength: float | str | Tensor = 1.0,  # s, in (0, 1]; `auto`: at most 0.1; a schedule
         detach_key: bool = False,  # Stop the gradient through k_hat
         append: bool = False,  # Whether new negatives join the old ones, or replace them
         neg_limit: float = 0.5,  # m_0: `auto` is off where different images score so on average

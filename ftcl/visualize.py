@@ -27,7 +27,7 @@ from matplotlib.mathtext import MathTextParser
 from matplotlib.patches import Patch
 from scipy.stats import beta
 from torch import Tensor
-from .core import InputError, nearest, one_of, positive, shown, whole
+from .core import InputError, counted, nearest, one_of, positive, shown, whole
 from .scores import BINS, LIMIT, PATIENCE, QUANTILES, RESERVED, ScoreRecorder
 from .scores import check_numbers, quantile_columns, require_columns
 from .verdict import variance_ratio, verdict_line
@@ -136,7 +136,9 @@ def legend_below(
     "One legend under all panels, in as many columns as fit, and no more than four"
     labels = [label_text(label) for label in labels]
     if len(handles) != len(labels):
-        raise InputError(f"there are {len(labels)} labels for {len(handles)} lines or patches.")
+        drawn = counted(len(handles), "line or patch", "lines or patches")
+        texts = counted(len(labels), "label")
+        raise InputError(f"{drawn} and {texts} were given, but each needs one label.")
     size = FontProperties(size=plt.rcParams["legend.fontsize"]).get_size_in_points()
     letters = max(map(len, labels), default=1) + 7  # 7 for the line and the space between columns
     columns = int(72 * fig.get_figwidth() / (0.55 * size * letters))

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ftcl.core import InputError, Processes, check_shapes, nearest, positive
+from ftcl.core import InputError, Processes, check_shapes, counted, nearest, positive
 from ftcl.encoder import Encoder, SplitBN, backbone, ema_update, projection, small_resnet, split_bn
 from ftcl.loss import in_batch, info_nce, positive_logit, scores, streamed_info_nce
 from ftcl.method import Contrast, Method, MoCo, augmentation_of, build_method, join
@@ -387,13 +387,49 @@ def test_vectors_keep_their_type(dtype, level):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_empty_batches_and_queues_draw_nothing(level):
+def test_empty_batches_and_queues_are_refused_and_draw_nothing(level):
     q, k, keys = VECTORS
     transform = shared("posneg", level=level)
     state = transform.generator.get_state()
-    made = transform(q[:0], k[:0], keys[:0])
-    assert [tuple(x.shape) for x in made] == [(0, D)] * 3 and transform.drawn == {}
+    for f in (transform, scores, shared("none")):
+        for empty, said in (
+            ((q[:0], k[:0], keys), rf"^q has the shape \(0, {D}\), but must not be empty\.$"),
+            ((q, k, keys[:0]), rf"^keys has the shape \(0, {D}\), but must not be empty\.$"),
+            ((q, k, keys[None, :0].expand(B, 0, D)), rf"^keys has the shape \({B}, 0, {D}\), but"),
+        ):
+            with pytest.raises(InputError, match=said):
+                f(*empty)
     assert torch.equal(transform.generator.get_state(), state)
+    with pytest.raises(InputError, match=rf"^z1 has the shape \(0, {D}\), but must not be empty"):
+        in_batch(q[:0], k[:0])
+
+
+def test_mixed_types_come_with_a_remedy_that_helps():
+    q, k, keys = (x.float() for x in VECTORS)
+    narrow = q.bfloat16()
+    for f in (FeatureTransform("posneg"), scores):
+        with pytest.raises(InputError, match=r"take q\.float\(\) or k\.to\(q\.dtype\)\.$"):
+            f(narrow, k, keys)
+        with pytest.raises(InputError, match=r"take q\.float\(\) or keys\.to\(q\.dtype\)\.$"):
+            f(narrow, k.bfloat16(), keys)
+        with pytest.raises(InputError, match=r"must hold one .* type: take keys\.to\(q\.dtype\)"):
+            f(q, k, keys.bfloat16())
+        f(narrow.float(), k, keys)
+        f(narrow, k.to(narrow.dtype), keys.to(narrow.dtype))
+
+
+def test_a_batch_of_two_views_is_named_as_the_caller_names_it():
+    q, k = VECTORS[:2]
+    for z1, z2, said in (
+        (q, k[1:], "z2 has the shape"),
+        (q[0], k, "z1 has the shape"),
+        (q, None, "z2 is a NoneType"),
+        (q.long(), k.long(), "z1 holds torch.int64, but must"),
+        (q.bfloat16(), k.float(), r"z1 holds torch.bfloat16 and z2 .* take z1.float\(\) or z2.to"),
+        (q, k.to("meta"), "z1 is .* on cpu and z2 .* on meta"),
+    ):
+        with pytest.raises(InputError, match=f"^{said}"):
+            in_batch(z1, z2)
 
 
 # a strength that is a tensor
@@ -538,6 +574,9 @@ def test_a_misspelt_strength_gets_the_nearest_word(written, near):
 def test_large_letters_are_near_to_small_ones():
     assert nearest("SimCLR", ["simclr", "swav"]) == " Did you mean 'simclr'?"
     assert nearest("resnet18", ["ResNet18"]) == " Did you mean 'ResNet18'?"
+    assert nearest("timm/resnet5", ["timm/tinynet_c", "timm/resnet50"]).endswith("resnet50'?")
+    assert nearest("tmm/resnet50", ["timm/resnet50"]) == " Did you mean 'timm/resnet50'?"
+    assert nearest("timm/nonesuch", ["timm/tinynet_c", "timm/resnet50"]) == ""
     with pytest.raises(InputError, match="Did you mean 'pos'"):
         FeatureTransform("POS")
     with pytest.raises(InputError, match="Did you mean 'moco_v2'"):
@@ -576,7 +615,6 @@ def test_keys_that_share_the_memory_of_the_batch_need_a_mask():
     square = unit(D, D)
     transform(square, square.flip(0), square.T)  # the same memory, other vectors
     transform(*(x.to("meta") for x in (q, k, k.clone())))
-    transform(q[:0], k[:0], q[:0])
     grad = torch.func.grad(lambda q: (q @ transform(q, k, k.flip(0))[0].T).sum())(q)
     assert grad.isfinite().all()
 
@@ -809,8 +847,6 @@ def test_right_vectors_are_not_told():
         in_batch(q, k),
         (q, k, row(3, B * B).view(B, B, D)),
         (one, one.clone(), one.clone()),
-        (q[:0], k[:0], row(3, K)),
-        (q, k, row(3, 0)),
         tuple(x.bfloat16() for x in (q, k, row(3, K))),
     ):
         assert not warnings_of(shared("pos"), *vectors)
@@ -832,3 +868,28 @@ def test_what_has_no_numbers_is_not_looked_at():
     assert not transform.looked
     assert len(warnings_of(transform, *vectors)) == 1
     assert len(warnings_of(deepcopy(FeatureTransform("posneg")), *vectors)) == 1
+
+
+def test_a_folder_that_is_none_is_told_as_what_it_is(tmp_path):
+    (tmp_path / "moco.py").write_text("kept")
+    recorder = ScoreRecorder()
+    recorder.record(0, torch.zeros(2), torch.zeros(2, 3))
+    for place, said in (
+        ("moco.py/x.parquet", f"{tmp_path / 'moco.py'} is a file, not a folder."),
+        ("moco.py/deep/x.parquet", f"{tmp_path / 'moco.py'} is a file, not a folder."),
+        ("none/x.parquet", f"there is no folder {tmp_path / 'none'}."),
+    ):
+        with pytest.raises(InputError) as told:
+            recorder.save(tmp_path / place)
+        assert str(told.value) == f"{tmp_path / place} cannot be written: {said}"
+    assert (tmp_path / "moco.py").read_text() == "kept"
+
+
+def test_one_thing_is_no_plural():
+    assert [counted(n, "image") for n in (0, 1, 2, 2000)] == [
+        "0 images",
+        "1 image",
+        "2 images",
+        "2,000 images",
+    ]
+    assert counted(1, "class", "classes") == "1 class"

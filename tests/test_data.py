@@ -18,8 +18,8 @@ from scipy.stats import ks_2samp
 
 import ftcl.data
 from ftcl.core import InputError, seeded
-from ftcl.data import InMemory, OnDisk, decode_once, load, resolve_workers, run_sets
-from ftcl.data import split_images, spread
+from ftcl.data import InMemory, OnDisk, decode_once, label_remedy, load, resolve_workers
+from ftcl.data import run_sets, split_images, spread
 from ftcl.encoder import Encoder
 from ftcl.evaluate import ReadoutSettings, knn_accuracy, read_out, set_features
 from ftcl.files import list_images
@@ -154,7 +154,7 @@ def test_an_image_is_decoded_once_for_its_two_views(home, monkeypatch):
 
     monkeypatch.setattr(ftcl.data, "decode_image", counting)
     views_of(data, 3)
-    assert sorted(decoded) == sorted(f"set/train image {i}" for i in range(12))
+    assert sorted(decoded) == sorted(f"image {i} of set" for i in range(12))
 
 
 def test_a_plan_is_read_about_two_batches_ahead(home):
@@ -202,7 +202,7 @@ def test_a_damaged_file_is_one_sentence_from_a_worker_as_from_here(home):
         sentences.add(str(caught.value))
         assert not children()
     (sentence,) = sentences
-    assert "set/train image 4" in sentence and "\n" not in sentence
+    assert "image 4 of set" in sentence and "\n" not in sentence
 
 
 def killed(part):
@@ -354,7 +354,7 @@ def test_what_differs_in_size_is_asked_for_its_size(home):
     write(home / "set" / "train", 12, ("cat", "dog"))
     write(home / "set" / "test", 6, ("cat", "dog"))
     for decode in ("once", "as_needed"):
-        with pytest.raises(InputError, match="'set/[a-z]+' differ in size: give `size`"):
+        with pytest.raises(InputError, match=r"of set \(split [a-z]+\) differ in size"):
             sets = run_sets("set", decode=decode)
             read_out(Encoder("small"), sets.bank, sets.test)
     needed = run_sets("set", decode="as_needed").train
@@ -560,7 +560,8 @@ def test_every_layout_can_be_trained_on(home, layout, capsys):
             "held-out training images",
         )
         return
-    with pytest.raises(InputError, match="holdout is 4, but set/train has no labels.*evaluate_on"):
+    what = r"set \(split train\)" if "split" in layout else "set"
+    with pytest.raises(InputError, match=f"holdout is 4, but {what} has no labels.*evaluate_on"):
         run_sets("set", size=16, holdout=4)
     capsys.readouterr()
     sets = run_sets("set", size=16)
@@ -658,7 +659,35 @@ def test_labels_that_a_split_lacks_are_done_without(home, capsys):
     write(home / "hidden" / "train", 10, ("owl", "tit"), size=(20, 20))
     write(home / "hidden" / "test", 4, size=(20, 20), first=50)
     assert run_sets("hidden").test is None
-    assert "hidden/test has no labels" in capsys.readouterr().out
+    assert "hidden (split test) has no labels" in capsys.readouterr().out
+
+
+def test_messages_name_no_folder_that_is_not_there(home, capsys):
+    write(home / "flat", 3, size=(20, 20))
+    write(home / "apart" / "train", 3, size=(20, 20))
+    for name, what, file in (
+        ("flat", "flat", home / "flat" / "0001.jpg"),
+        ("apart", "apart (split train)", home / "apart" / "train" / "0001.jpg"),
+    ):
+        run_sets(name)
+        assert capsys.readouterr().out.startswith(f"{what} has no labels")
+        file.write_bytes(b"no image")
+        with pytest.raises(InputError) as told:
+            load(name, size=16).batch(torch.arange(3))
+        assert str(told.value).startswith(f"image 1 of {what} ({str(file)!r}) cannot be decoded")
+
+
+def test_images_without_labels_come_with_a_remedy(home):
+    write(home / "flat", 12, size=(20, 20))
+    kinds = datasets.Features(image=datasets.Image())
+    (home / "table").mkdir()
+    table = datasets.Dataset.from_dict(dict(image=[photograph(0, 9, 9)]), features=kinds)
+    table.to_parquet(str(home / "table" / "a.parquet"))
+    assert label_remedy("flat").startswith("put the images of each class into a folder of its own")
+    assert label_remedy("table") == "set `label_column` to the column of labels"
+    assert "label_column" not in label_remedy("shapes")
+    with pytest.raises(InputError, match="images with labels: put the images of each class into"):
+        run_sets("shapes", size=20, evaluate_on="flat")
 
 
 def test_a_test_split_counts_its_classes_as_the_training_split_does(home):

@@ -241,7 +241,7 @@ def test_a_mistake_in_vocs_files_is_one_sentence(tmp_path, case):
     else:
         (folder / "Annotations/x.xml").write_text(text)
     told = refusal(read_voc, folder, "train")
-    assert told.startswith("set/train cannot be used: ") and said in told
+    assert told.startswith("set (split train) cannot be used: ") and said in told
     assert len(told) < 300
 
 
@@ -274,7 +274,7 @@ def test_a_split_or_a_layout_that_is_missing_is_named(tmp_path):
         assert said in refusal(read_voc, folder, "train")
     names.write_bytes(b"")
     asked = TINY | dict(dataset=str(folder), evaluate_on="train", out=str(tmp_path / "r"))
-    assert "v/train has no boxes" in refusal(transfer, **asked | dict(n_images=0))
+    assert "v (split train) has no boxes" in refusal(transfer, **asked | dict(n_images=0))
     assert not (tmp_path / "r").exists()
 
 
@@ -317,8 +317,8 @@ def test_boxes_outside_are_cut_and_told_by_name(tmp_path, capsys):
     assert data.pictures[1].boxes.tolist() == [[1, 2, 20, 16]]
     told = capsys.readouterr().out.splitlines()
     assert told == [
-        "set/train: 2 boxes without area left out (z.xml, object 1, z.xml, object 2)",
-        "set/train: 2 boxes cut at the edge of the image, or left out beyond it "
+        "set (split train): 2 boxes without area left out (z.xml, object 1, z.xml, object 2)",
+        "set (split train): 2 boxes cut at the edge of the image, or left out beyond it "
         "(w.xml, object 1, y.xml, object 1)",
     ]
 
@@ -419,7 +419,7 @@ def test_a_damaged_mask_is_one_sentence(tmp_path):
     assert "a mask of image 0 of instances_train.json cannot be" in refusal(data.__getitem__, 0)
     asked = TINY | dict(dataset=str(tmp_path / "c"), evaluate_on="train", out=str(tmp_path / "r"))
     told = refusal(transfer, **asked | dict(n_images=0))  # before it trains
-    assert "c/train cannot be used: a mask of image 0 (1.png) cannot be decoded" in told
+    assert "c (split train) cannot be used: a mask of image 0 (1.png) cannot be decoded" in told
     assert not (tmp_path / "r").exists()
 
 
@@ -435,7 +435,7 @@ def damaged(folder):
     return {
         "cut": "y.png",
         "other": "(y.png) is 20 x 16 pixels, but its annotation says 21 x 16",
-        "none": "none/train has no boxes",
+        "none": "none (split train) has no boxes",
     }
 
 
@@ -455,7 +455,7 @@ def test_a_class_of_the_measured_split_alone_is_refused(tmp_path):
     voc(folder, {"z": [voc_object("cta")]}, "val")
     asked = TINY | dict(dataset=str(folder), n_images=0, out=str(tmp_path / "r"))
     told = refusal(transfer, **asked)
-    assert "set/val cannot be used: z.xml, object 1 is of class 'cta', which is not cat" in told
+    assert "set (split val) cannot be used: z.xml, object 1 is of class 'cta', which is not" in told
 
 
 def test_an_image_is_not_trained_on_and_measured_on(tmp_path):
@@ -464,7 +464,7 @@ def test_an_image_is_not_trained_on_and_measured_on(tmp_path):
     (folder / "ImageSets/Main/val.txt").write_text("y\n")
     asked = TINY | dict(dataset=str(folder), split="trainval", out=str(tmp_path / "r"))
     told = refusal(transfer, **asked | dict(n_images=1))  # of the whole split, not of its part
-    assert "set/val shares 1 of its images with set/trainval (y.png)" in told
+    assert "set (split val) shares 1 of its images with set (split trainval) (y.png)" in told
 
 
 REFUSED = {
@@ -481,8 +481,8 @@ REFUSED = {
     "evaluate_on": (dict(evaluate_on="vla"), "Did you mean 'val'?"),
     "dataset": (dict(dataset="shape"), "Did you mean 'shapes'?"),
     "classes": (dict(classes="disc+disc"), "names joined by +, each once"),
-    "batch": (dict(batch_size=5), "batch_size is 5, but there are 4 images to train on"),
-    "too many": (dict(n_images=65), "n_images is 65, but there are 64 images"),
+    "batch": (dict(batch_size=5), "batch_size is 5, but must be at most 4, the"),
+    "too many": (dict(n_images=65), "n_images is 65, but the set has 64 images"),
     "size": (dict(size=8), "size is 8, but must be from 32 to 4096"),
     "type": (dict(masks="true"), "masks is 'true', but must be True or False"),
     "diverged": (dict(lr=1e6), "training diverged. Lower lr (now 1000000.0)"),

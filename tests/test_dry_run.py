@@ -39,7 +39,11 @@ def files(folder):
 
 
 def number(text):
-    return float(re.search(r"[\d.,e-]+\d", text)[0].replace(",", ""))
+    return float(re.search(r"[\d.,e-]*\d", text)[0].replace(",", ""))
+
+
+def megabytes(text):
+    return number(text) / (1000 if " kB" in text else 1)
 
 
 def test_the_table_says_what_the_run_then_takes(tmp_path, capsys):
@@ -52,9 +56,10 @@ def test_the_table_says_what_the_run_then_takes(tmp_path, capsys):
     assert table["steps"] == f"{record['steps']}, in 5 epochs of batches of 16"
     assert table["device"] == f"{record['device']}, processes: 1"
     assert table["one step"].endswith("s, median of 5 after 3 to warm up")
-    hours = number(table["one step"]) * record["steps"] / 3600
-    assert number(table["whole run"]) == pytest.approx(hours, rel=0.02)
-    checkpoint, kept = (number(text) for text in table["on disk"].split(";"))
+    seconds = number(table["one step"]) * record["steps"]
+    unit = 60 if " minutes" in table["whole run"] else 1
+    assert unit * number(table["whole run"]) == pytest.approx(seconds, rel=0.02)
+    checkpoint, kept = (megabytes(text) for text in table["on disk"].split(";"))
     path = tmp_path / "deep" / "runs" / "run.safetensors"
     assert checkpoint == pytest.approx(path.stat().st_size / 1e6, rel=0.01)
     real = sum(path.with_suffix(ending).stat().st_size for ending in (".json", ".parquet"))
@@ -75,7 +80,24 @@ def test_the_step_is_a_median_without_the_warm_up(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
     table = rehearsed(capsys, out=str(tmp_path))
     assert table["one step"] == "4 s, median of 5 after 3 to warm up"
-    assert table["whole run"] == f"{4 * STEPS / 3600:.3g} hours, without readouts and checkpoints"
+    assert table["whole run"] == f"{4 * STEPS / 60:.3g} minutes, without readouts and checkpoints"
+
+
+@pytest.mark.parametrize(
+    "seconds, words",
+    [(0.0414, "0.0414 seconds"), (119, "119 seconds"), (120, "2 minutes"), (7199, "120 minutes"),
+     (7200, "2 hours"), (5.4e6, "1,500 hours")],
+)  # fmt: skip
+def test_a_duration_is_read_in_its_unit(seconds, words):
+    assert train._duration(seconds) == words
+
+
+@pytest.mark.parametrize(
+    "size, words",
+    [(0, "0 kB"), (0.0329, "32.9 kB"), (1, "1 MB"), (4.128, "4.13 MB"), (2e3, "2,000 MB")],
+)  # fmt: skip
+def test_a_small_size_is_not_zero(size, words):
+    assert train._in_bytes(size) == words
 
 
 @pytest.mark.parametrize(
@@ -141,7 +163,7 @@ def test_what_lies_there_is_neither_refused_nor_touched(tmp_path, resume):
 @pytest.mark.parametrize(
     "said, wrong",
     [
-        ("batch_size is 256, but there are 128 images", dict(batch_size=256, queue_size=512)),
+        ("batch_size is 256, but training has 128 images", dict(batch_size=256, queue_size=512)),
         ("dataset 'nowhere' was not found", dict(dataset="nowhere")),
         ("training diverged", dict(lr=1e6)),
         ("must be a file name", dict(name="a/b")),

@@ -17,7 +17,7 @@ from ftcl.encoder import call_backbone, encoder_name, feature_width, split_bn
 from ftcl.encoder import small_resnet, torchvision_backbone
 from ftcl.method import MoCo, build_method
 from ftcl.queue import Queue
-from ftcl.train import pretrain
+from ftcl.train import evaluate_checkpoint, pretrain
 from ftcl.transform import FeatureTransform
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -600,6 +600,81 @@ def test_files_that_cannot_be_read_are_one_sentence(tmp_path):
     for wrong in ("no\0file.pth", "x" * 5000 + ".pth", None, 3, ["a.pth"], b"a.pth", torch.ones(2)):
         with pytest.raises(InputError, match="^weights is "):
             Encoder(Own(), weights=wrong)
+
+
+def test_what_is_no_file_of_weights_is_told_which_formats_are(tmp_path):
+    for content in (b"text of mine", b"\xff\xd8\xff\xe0 a photo", b""):
+        (tmp_path / "text.pth").write_bytes(content)
+        said = "neither a .safetensors file nor one of torch.save.: save a state dict, by safetens"
+        with pytest.raises(InputError, match=said):
+            Encoder(Own(), weights=tmp_path / "text.pth")
+
+
+def test_weights_in_8_bits_are_loaded_and_those_without_numbers_are_not(tmp_path):
+    state = tensors(Own())
+    eight = {n: o.to(torch.float8_e5m2) if o.is_floating_point() else o for n, o in state.items()}
+    path = tmp_path / "eight.safetensors"
+    twice = {f"{place}.{name}": o.clone() for place in "ab" for name, o in eight.items()}
+    for content in (eight, twice):
+        safetensors.torch.save_file(content, path)
+        encoder = Encoder(Own(), dim=4, weights=path)
+        for name, tensor in encoder.backbone.state_dict().items():
+            assert torch.equal(tensor, eight[name].to(tensor.dtype)), name
+    empty = {name: torch.empty_like(o, device="meta") for name, o in state.items()}
+    for content, said in (
+        (empty, "hold no tensors by name"),
+        (state | {"last.bias": empty["last.bias"]}, "lack last.bias of shape"),
+    ):
+        with pytest.raises(InputError, match=said):
+            Encoder(Own(), dim=4, weights=saved(tmp_path / "empty.pth", content))
+
+
+def test_a_number_too_large_for_the_network_is_refused(tmp_path):
+    state = tensors(Own())
+    large = {"first.weight": state["first.weight"].double() * 1e300}
+    with pytest.raises(InputError, match="infinite numbers in first.weight, taken as torch.fl"):
+        Encoder(Own(), dim=4, weights=saved(tmp_path / "large.pth", state | large))
+    encoder = Encoder("small", dim=4)
+    content = {f"encoder.{name}": o for name, o in encoder.state_dict().items()}
+    name = "encoder.head.0.weight"
+    content[name] = content[name].double() * 1e300
+    again = Encoder("small", dim=4, weights=saved(tmp_path / "head.pth", content))
+    assert all(o.isfinite().all() for o in again.parameters())
+    assert "left out: encoder.head (4)" in again.loaded
+
+
+class Fixed(nn.Module):
+    "A network that takes images of 64 x 64 alone"
+    width = 8
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3 * 64 * 64, 8)
+
+    def forward(self, x):
+        return self.layer(x.flatten(1))
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (dict(size=48), "48 x 48 pixels .*it takes 64 x 64, so set `size`, which a `view_size` of"),
+        (dict(size=64, view_size=48), "48 x 48 pixels .*it takes 64 x 64, so set `view_size`."),
+        (dict(size=48, view_size=64, knn_every=1), "48 x 48 .*it takes 64 x 64, so set `size`."),
+    ],
+)
+def test_a_size_that_an_encoder_cannot_take_is_told_before_training(
+    tmp_path, monkeypatch, given, said
+):
+    monkeypatch.setitem(ENCODERS, "fixed", lambda stem: Fixed())
+    small = dict(encoder="fixed", n_images=32, epochs=1, batch_size=16, queue_size=32)
+    small |= dict(readouts="none", progress=False, precision="fp32", out=str(tmp_path))
+    with pytest.raises(InputError, match="encoder 'fixed' cannot take images of " + said):
+        pretrain(**small | given)
+    assert not list(tmp_path.iterdir())
+    pretrain(**small | dict(size=48, view_size=64))
+    with pytest.raises(InputError, match="48 x 48 pixels .*it takes 64 x 64, so set `size`."):
+        evaluate_checkpoint(str(tmp_path / "pretrain.safetensors"), out=str(tmp_path))
 
 
 def test_no_code_of_a_file_is_run(tmp_path):

@@ -398,8 +398,8 @@ def test_arguments_that_are_none_are_one_sentence(run, tmp_path):
         (dict(push=None), "push is None, but must be"),
         (dict(out=""), "out is '', but must be a path"),
         (dict(checkpoint=None), "checkpoint is None, but must be a path"),
-        (dict(checkpoint=tmp_path), "it is missing, or no file"),
-        (dict(checkpoint=path.with_suffix(".json")), "truncated or no safetensors file"),
+        (dict(checkpoint=tmp_path), "is a folder, but must be a .safetensors file: none lies"),
+        (dict(checkpoint=path.with_suffix(".json")), "something else wrote it; give one that pre"),
     ):
         with pytest.raises(InputError, match=said) as e:
             export_encoder(**dict(checkpoint=path, out=tmp_path / "out") | given)

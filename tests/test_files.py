@@ -11,6 +11,7 @@ import zlib
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import numpy as np
 import PIL
 import pyarrow as pa
@@ -19,6 +20,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 
 from ftcl import files
@@ -1182,6 +1184,7 @@ def test_a_damaged_table_is_read_or_refused(tmp_path_factory, changes):
 
 
 def on_the_hub(monkeypatch, **splits):
+    monkeypatch.setattr(files, "_is_reached", lambda source: True)
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda source: list(splits))
     monkeypatch.setattr(datasets, "load_dataset", lambda source, split: splits[split])
 
@@ -1196,21 +1199,57 @@ def test_a_set_of_the_hub(monkeypatch, cache, tmp_path):
     on_the_hub(monkeypatch, train=train, valid=valid, val=valid)
     listing = list_images("somebody/pets")
     assert (seen(listing), labels(listing)) == ([1, 2], [0, 1])
-    assert listing.what == "somebody/pets/train" and listing.classes == ["cat", "dog"]
+    assert listing.what == "somebody/pets (split train)" and listing.classes == ["cat", "dog"]
     assert seen(list_images("somebody/pets", "valid")) == [3]
     assert seen(list_images("somebody/pets", "test")) == [3]
     outside = [item(1), dict(bytes=None, path=str(write(tmp_path, "4.png") / "4.png"))]
     both = Dataset.from_dict(dict(img=outside, label=[1, 1]), features=kinds)
     on_the_hub(monkeypatch, train=both)
-    assert "row 1 of somebody/pets/train" in refusal(list_images, "somebody/pets")
+    assert "row 1 of somebody/pets (split train)" in refusal(list_images, "somebody/pets")
     assert split_names("somebody/pets") == ["train"]
 
     def fails(source, **_):
         raise ConnectionError(f"no network\n<Session object at 0x{id(source)}>")
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", fails)
-    assert "'somebody/pets'" in refusal(list_images, "somebody/pets")
-    assert "no network" in refusal(split_names, "somebody/pets")
+    for f in (list_images, split_names):
+        said = refusal(f, "somebody/pets")
+        assert said.startswith("dataset 'somebody/pets' cannot be read: no network: check the spel")
+        assert "Parquet files" in said and said.count("somebody/pets") == 1
+
+
+def test_a_hub_that_is_not_reached_is_asked_once(monkeypatch, cache):
+    asked = []
+
+    class Hub:
+        def dataset_info(self, source, timeout):
+            asked.append(source)
+            raise self.answer
+
+    def offline(source):
+        asked.append(datasets.config.HF_HUB_OFFLINE)  # True: nothing is asked again and again
+        raise ConnectionError(f"Couldn't reach '{source}' on the Hub")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", offline)
+    Hub.answer = OSError("no route")
+    before = datasets.config.HF_HUB_OFFLINE
+    said = refusal(list_images, "somebody/pets")
+    assert asked == ["somebody/pets", True] and datasets.config.HF_HUB_OFFLINE == before
+    assert said.count("somebody/pets") == 1 and said.count("\n") == 0
+    for remedy in ("spelling", "network", "HF_HUB_OFFLINE", "a folder of images", "Parquet files"):
+        assert remedy in said
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda source: ["train"])
+    assert split_names("somebody/pets") == ["train"]  # a copy in the cache is enough
+    Hub.answer = HfHubHTTPError.__new__(HfHubHTTPError)  # it answers that there is none
+
+    def missing(source):
+        assert datasets.config.HF_HUB_OFFLINE == before
+        raise FileNotFoundError(f"Dataset '{source}' doesn't exist on the Hub")
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", missing)
+    said = refusal(split_names, "somebody/pets")
+    assert said.startswith("the data set cannot be read: Dataset 'somebody/pets' doesn't exist on")
 
 
 @pytest.mark.skipif(

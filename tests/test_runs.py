@@ -16,10 +16,14 @@ import pytest
 import torch
 
 from ftcl.checkpoint import read_checkpoint
+from ftcl.core import InputError
 from ftcl.data import load
 from ftcl.encoder import Encoder
 from ftcl.evaluate import knn_accuracy
-from ftcl.record import read_record
+from ftcl.export import export_encoder
+from ftcl.record import declared, read_record
+from ftcl.train import evaluate_checkpoint, pretrain
+from ftcl.transform import Auto
 
 ROOT = Path(__file__).parent.parent
 
@@ -211,6 +215,36 @@ def test_directions_of_every_checkpoint_in_a_folder(whole, tmp_path):
     assert set(frame["run"]) == {"whole"}
     assert list(frame["direction"]) == [1, 2, 3, 4, 5]
     assert frame["share"].is_monotonic_decreasing and 0.3 < frame["share"].sum() <= 1
+
+
+SMALL = dict(n_images=64, epochs=2, batch_size=16, queue_size=32, readouts="none", progress=False)
+SMALL |= dict(precision="fp32", mixing="pos", strength="auto")
+
+
+@pytest.mark.parametrize(
+    "more, steps", [({}, 8), (dict(start_epoch=1), 4), (dict(dry_run=True), 8)]
+)
+def test_a_run_too_short_for_its_strength_says_so_once(tmp_path, capsys, monkeypatch, more, steps):
+    pretrain(**SMALL, **more, out=str(tmp_path))
+    said = f"'auto' needs 200 transformed steps or more to reach 0.1, but the run has {steps}: it"
+    assert capsys.readouterr().out.count(f"{said} reaches {0.1 * steps / 200:.3g} at most.") == 1
+    monkeypatch.setattr(Auto, "rise", 8)
+    pretrain(**SMALL, **more, out=str(tmp_path), name="long")
+    assert ("transformed steps" in capsys.readouterr().out) == (steps < 8)
+    for other in (dict(strength=0.1), dict(mixing="none")):
+        pretrain(**SMALL | dict(epochs=1) | other, out=str(tmp_path), name="b", dry_run=True)
+        assert "transformed steps" not in capsys.readouterr().out
+
+
+def test_an_unknown_parameter_names_the_nearest(tmp_path):
+    for call, wrong, said in (
+        (pretrain, dict(epoch=3), "unknown parameter 'epoch'. Did you mean 'epochs'?"),
+        (evaluate_checkpoint, dict(readout="none"), "'readout'. Did you mean 'readouts'?"),
+        (export_encoder, dict(fromat="onnx"), "unknown parameter 'fromat'. Did you mean 'format'?"),
+    ):
+        with pytest.raises(InputError, match=re.escape(said)):
+            call(**wrong)
+    assert list(declared(pretrain))[0] == "dataset" and pretrain.__name__ == "pretrain"
 
 
 def start(folder, name):

@@ -22,6 +22,8 @@ from PIL import Image
 
 from ftcl.checkpoint import CHECKPOINT, checksum, load_encoder, read_checkpoint, read_note
 from ftcl.core import InputError, flush, locked, replacing
+from ftcl.encoder import Encoder
+from ftcl.export import export_encoder
 from ftcl.record import git_revision, read_record
 from ftcl.scores import read_scores
 from ftcl.train import evaluate_checkpoint, pretrain
@@ -245,6 +247,78 @@ def test_a_checkpoint_that_was_read_is_not_mapped(stopped):
     assert tensors and str(path) not in Path("/proc/self/maps").read_text()
 
 
+SWAP = """
+import os, sys, time
+one, two, file = sys.argv[1:]
+print("swaps", flush=True)
+end = time.monotonic() + 60
+while time.monotonic() < end:
+    for source in (one, two):
+        os.link(source, file + ".part")
+        os.replace(file + ".part", file)
+"""
+
+
+def test_a_checkpoint_that_is_replaced_meanwhile_is_not_called_damaged(stopped, tmp_path):
+    for name in ("run.safetensors", "run.previous.safetensors"):
+        shutil.copy(stopped / name, tmp_path)
+    one, two = tmp_path / "run.safetensors", tmp_path / "run.previous.safetensors"
+    file = tmp_path / "live.safetensors"
+    command = [sys.executable, "-c", SWAP, str(one), str(two), str(file)]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "swaps\n"
+        while not file.exists():
+            pass
+        steps = [read_note(file)["step"] for _ in range(60)]
+    finally:
+        other.kill()
+        other.wait()
+    assert set(steps) == {6, 7}
+
+
+def test_weights_from_a_damaged_checkpoint_are_refused(stopped, copy):
+    file = copy(stopped) / "run.safetensors"
+    Encoder("small", weights=file)
+    whole = bytearray(file.read_bytes())
+    whole[-1000] ^= 1
+    file.write_bytes(whole)
+    said = told(Encoder, "small", weights=file)
+    assert "run.safetensors are damaged, since their sum does not fit their content: copy" in said
+
+
+def test_nobody_is_told_to_remove_a_file_that_somebody_gave(stopped, tmp_path):
+    good = stopped / "run.safetensors"
+    whole = good.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-1000] ^= 1
+    contents = {
+        "cut.safetensors": (whole[:-1], "truncated or no safetensors file; copy it again, or give"),
+        "bit.safetensors": (bytes(flipped), "sum does not fit its content; copy it again, or give"),
+        "photo.jpg": (b"\xff\xd8\xff\xe0\0\x10JFIF\0", "something else wrote it; give one that "),
+        "text.txt": (b"these are words, not weights", "something else wrote it; give one that "),
+        "none.safetensors": (None, "it is missing, or no file; give the path of one."),
+    }
+    for name, (content, said) in contents.items():
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        for call in (
+            lambda file: evaluate_checkpoint(file, out=str(tmp_path)),
+            lambda file: export_encoder(file, str(tmp_path / "out")),
+            load_encoder,
+            read_note,
+        ):
+            sentence = told(call, str(tmp_path / name))
+            assert said in sentence and "remove it" not in sentence and "encoder`" not in sentence
+    safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    assert "are a `weights` of pretrain" in told(load_encoder, tmp_path / "foreign.safetensors")
+    torch.save({"x": torch.zeros(1)}, tmp_path / "foreign.pth")
+    assert "name the `encoder`" in told(evaluate_checkpoint, str(tmp_path / "foreign.pth"))
+    assert f"as {good}." in told(evaluate_checkpoint, str(stopped))
+    (tmp_path / "run.safetensors").mkdir()
+    assert "is a folder: move it away" in told(run, tmp_path)
+
+
 # ---------------------------------------------------------------- damaged, edited, foreign
 
 
@@ -261,8 +335,8 @@ def test_any_flipped_bit_of_a_checkpoint_is_refused(stopped, copy):
         bit = 1 << int(chance.integers(8))
         file.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
         sentence = told(load_encoder, file)
-        assert "the one before is whole, step 6: rename " in sentence
-    assert "the one before is whole, step 6" in told(run, folder, resume=True)
+        assert "the one before is whole, step 6: give " in sentence
+    assert "the one before is whole, step 6: rename " in told(run, folder, resume=True)
 
 
 def test_the_one_before_goes_on_to_the_same_bits(stopped, copy, finished):
@@ -518,7 +592,7 @@ with locked(Path(sys.argv[1])):
 """
 
 
-def test_two_runs_of_one_name_do_not_write_at_once(tmp_path):
+def test_two_runs_of_one_name_do_not_write_at_once(stopped, tmp_path):
     tmp_path.mkdir(exist_ok=True)
     command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
     other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -528,6 +602,12 @@ def test_two_runs_of_one_name_do_not_write_at_once(tmp_path):
             sentence = told(run, tmp_path)
             assert f"is being written by process {other.pid} on {os.uname().nodename}" in sentence
         assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
+        for name in ("run.safetensors", "run.previous.safetensors"):
+            shutil.copy(stopped / name, tmp_path)
+        for more in ({}, dict(resume=True), dict(lr=0.5), dict(epochs=7, resume=True)):
+            assert "is being written by process" in told(run, tmp_path, **more)
+        for file in tmp_path.glob("run*.safetensors"):
+            file.unlink()
     finally:
         os.kill(other.pid, signal.SIGKILL)
         other.wait()
@@ -592,6 +672,24 @@ def images(folder, n, colours=((200, 40, 40), (40, 40, 200))):
         file = folder.format(i % 2) + f"/{i}.png"
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(colour.clip(0, 255).astype(np.uint8)).save(file)
+
+
+def test_what_measures_nothing_needs_no_test_split(tmp_path, capsys):
+    images(str(tmp_path / "known/train/{}"), 40)
+    small = dict(dataset=str(tmp_path / "known"), n_images=0, size=16, batch_size=16, holdout=0)
+    said = told(run, tmp_path, **small)
+    assert "has no test split" in said and "readouts='none', knn_every=0 and probe=False" in said
+    small |= dict(readouts="none", knn_every=0)
+    for measured in (dict(probe=True), dict(knn_every=1)):
+        assert "has no test split" in told(run, tmp_path, **small | measured)
+    capsys.readouterr()
+    record = run(tmp_path, **small)
+    assert (record["n_train"], record["metrics"], record["measured_on"]) == (40, {}, "nothing")
+    assert "labels" not in capsys.readouterr().out
+    run(tmp_path, **small, name="parts", stop_after=1)
+    assert run(tmp_path, **small, name="parts", resume=True)["epochs"] == record["epochs"]
+    said = told(evaluate_checkpoint, str(tmp_path / "run.safetensors"), out=str(tmp_path))
+    assert said.endswith("of the run has no test split: set `dataset`.")
 
 
 def test_images_without_labels_are_trained_on(tmp_path, capsys):

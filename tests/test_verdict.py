@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ from ftcl.loss import scores
 from ftcl.scores import PATIENCE, WINDOW, ScoreRecorder, read_scores
 from ftcl.study import read_run
 from ftcl.train import pretrain
-from ftcl.transform import FeatureTransform
-from ftcl.verdict import COMMON, JUMP, LEFT, PLATEAU, jumps, variance_ratio, verdict, verdict_line
+from ftcl.transform import TRANSFORMS, FeatureTransform
+from ftcl.verdict import COMMON, JUMP, LEAST, LEFT, PLATEAU, jumps, variance_ratio, verdict
+from ftcl.verdict import verdict_line
 from ftcl.visualize import plot_scores, run_page
 
 ROOT = Path(__file__).parent.parent
@@ -70,7 +72,8 @@ def test_what_is_unknown_is_said_and_what_was_recorded_is_used():
     known.attrs.update(negatives=1024, tau=0.2)
     assert verdict(known).word == "plateau"
     assert verdict(known, negatives=10**6).word == "healthy"  # what is given comes first
-    assert "not looked for: falling apart" in verdict(table(4), 1024, 0.2).sentence
+    few = table(4, step=[0, 20, 40, 59])
+    assert "not looked for: falling apart" in verdict(few, 1024, 0.2).sentence
     first = table().assign(neg_mean=np.where(np.arange(60) < 60 - WINDOW, 0.9, 0.1))
     assert verdict(first).word == "healthy"  # only the last steps count
     alike = table(neg_mean=0.999, pos_mean=0.999, neg_var=0.0)
@@ -123,6 +126,84 @@ def test_bad_input_is_told_in_one_sentence(frame, more, message):
     assert message in str(told.value) and str(told.value).count(".\n") == 0
     if not more:
         assert verdict_line(frame).startswith("no verdict: the record")
+
+
+@pytest.mark.parametrize("every", [1, 2, 5, 12])
+def test_fewer_steps_than_half_the_window_are_too_early(every):
+    for steps in (1, 2 * every, 13, LEAST - every, LEAST, LEAST + 1, 3 * LEAST):
+        frame = table(len(range(0, steps, every)), step=range(0, steps, every), neg_mean=0.9)
+        said = verdict(frame, 1024, 0.2)
+        rows = len(frame)
+        seen = rows * every if rows > 1 else 1
+        assert said.word == ("one direction" if seen >= LEAST else "too early")
+        if said.word == "too early":
+            told = f"a verdict needs the scores of {LEAST} steps, and has those of {seen}."
+            assert said.sentence.endswith(told) and not said.bad
+            assert (said.column, said.value) == ("step", seen)
+    late = table(LEAST, step=range(1000, 1000 + LEAST))
+    assert verdict(late).word == "healthy" and verdict(late[1:]).word == "too early"
+    lost = table(1, loss=math.nan)
+    assert verdict(lost).word == "diverged" and verdict(lost).bad  # whenever it comes
+
+
+def test_scores_divided_by_the_temperature_are_no_cosines():
+    for rows in (1, 60):
+        for columns, column in (
+            (dict(pos_mean=0.6 / 0.07), "pos_mean"),
+            (dict(pos_mean=0.6, pos_q99=0.8 / 0.07), "pos_q99"),
+            (dict(before_pos_mean=3.0, before_neg_mean=0.1), "before_pos_mean"),
+            (dict(before_pos_mean=0.6, before_neg_mean=1.2), "before_neg_mean"),
+        ):
+            said = verdict(table(rows, **columns), 1024, 0.07)
+            assert (said.word, said.column, said.bad) == ("no cosines", column, True)
+            assert said.sentence.startswith(f"no cosines at step {rows - 1}: ")
+            assert said.sentence.endswith("above 1: pass cosines, without dividing by tau.")
+    above = dict(pos_mean=3.0, neg_mean=2.0, neg_q99=4.0)  # by a transformation
+    assert verdict(table(before_pos_mean=0.6, before_neg_mean=0.1, **above)).word == "healthy"
+    rounded = table(pos_mean=0.6, pos_q99=1.01)
+    assert verdict(rounded, 1024, 0.2).word == "healthy"
+
+
+def told_by(recorder, *given):
+    "The warnings of a step"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        recorder.record(recorder.last + 1, *given)
+    assert all(warning.filename == __file__ for warning in caught)
+    return [str(warning.message) for warning in caught]
+
+
+def test_a_recorder_warns_once_of_logits():
+    pos, neg = torch.linspace(-1, 0.9, 8), torch.linspace(-1, 1, 40).view(8, 5)
+    recorder = ScoreRecorder(tau=0.1)
+    (said,) = told_by(recorder, pos / 0.1, neg / 0.1)
+    assert said == "positive scores reach 9, above 1: pass cosines, without dividing by tau."
+    for _ in range(60):
+        assert not told_by(recorder, pos / 0.1, neg / 0.1)
+    assert recorder.verdict().word == "no cosines"
+    (said,) = told_by(ScoreRecorder(), pos, neg, (pos * 2, neg))
+    assert said.startswith("positive scores before the transformation reach 1.8, above 1")
+    (said,) = told_by(ScoreRecorder(), pos, neg, (pos, neg * 2))
+    assert said.startswith("negative scores before the transformation reach 2, above 1")
+    masked = neg.masked_fill(neg < 0, -math.inf)
+    for fine in ((pos, 4 * neg), (pos, masked, (pos, masked)), (pos.bfloat16(), neg.bfloat16())):
+        assert not told_by(ScoreRecorder(), *fine)
+    assert not told_by(ScoreRecorder(), *(x.to("meta") for x in (pos / 0.1, neg)))
+    assert not told_by(ScoreRecorder(limit=50), pos / 0.1, neg / 0.1)  # somebody knows of them
+
+
+@pytest.mark.parametrize("level", ["feature", "sample", "dimension"])
+@pytest.mark.parametrize("name", [n for n, mix in TRANSFORMS.items() if mix.acts_on == "pair"])
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_no_transformation_lifts_a_positive_above_one(name, level, renormalize):
+    if level not in TRANSFORMS[name].levels:
+        pytest.skip("this level has no meaning there")
+    generator = torch.Generator().manual_seed(0)
+    q = F.normalize(torch.randn(512, 4, generator=generator), dim=1)
+    for k in (q.flip(0), -q, q + 0, F.normalize(q + 0.1 * q.flip(0), dim=1)):
+        how = dict(level=level, renormalize=renormalize, generator=generator)
+        pos, _ = scores(*FeatureTransform(name, **how)(q, k, torch.eye(4)))
+        assert pos.max() < 1 + 1e-6
 
 
 def stuck(recorder, steps):
@@ -262,10 +343,11 @@ def test_a_guess_is_among_the_negatives_before_a_transformation():
 
 def test_a_resumed_run_says_what_a_whole_one_says(tmp_path):
     "Although no step is recorded after it goes on"
-    p = dict(n_images=100, holdout=32, size=16, epochs=3, batch_size=32, method="moco_v3", lr=1e-6)
+    p = dict(n_images=100, holdout=32, size=16, epochs=9, batch_size=32, method="moco_v3")
     p |= dict(record_every=5, progress=False, precision="fp32", readouts="none", mixing="none")
+    p |= dict(lr=1e-6)
     whole = pretrain(**p, out=str(tmp_path), name="whole")
-    pretrain(**p, out=str(tmp_path), name="halves", stop_after=7)
+    pretrain(**p, out=str(tmp_path), name="halves", stop_after=26)
     halves = pretrain(**p, out=str(tmp_path), name="halves", resume=True)
     assert whole["verdict"].startswith("plateau") and halves["verdict"] == whole["verdict"]
     one, two = (read_scores(tmp_path / f"{name}.parquet") for name in ("whole", "halves"))
