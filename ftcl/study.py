@@ -6,7 +6,7 @@
 __all__ = ['spread', 'paired', 'Comparison', 'arms', 'project', 'read_yaml', 'read_studies', 'study_runs', 'read_run', 'meaning',
            'record_paths', 'readable_runs', 'read_runs', 'made_with', 'baselines', 'compare_runs', 'plot_settings']
 
-# %% ../nbs/14_study.ipynb #406e26bc
+# %% ../nbs/14_study.ipynb #b89d0464
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,7 +25,7 @@ from .transform import TRANSFORMS, transform_names
 from .train import check_run, pretrain
 from .visualize import PAGE, label_text
 
-# %% ../nbs/14_study.ipynb #30931cbb
+# %% ../nbs/14_study.ipynb #f0d91bf2
 def spread(
     values: np.ndarray,  # One number per seed
 ) -> float:
@@ -93,7 +93,7 @@ class Comparison(pd.DataFrame):
     def __repr__(self):
         return self.to_string(na_rep="-")
 
-# %% ../nbs/14_study.ipynb #0ce4cc9b
+# %% ../nbs/14_study.ipynb #c807a39e
 def _as_text(
     value,  # Of a parameter
 ) -> str:
@@ -127,7 +127,7 @@ def arms(
     setting = "-".join([mixing, *(name + _as_text(p[name]) for name in changed)])
     return {"none": p | plain, setting: p}
 
-# %% ../nbs/14_study.ipynb #d3cb273d
+# %% ../nbs/14_study.ipynb #52d53b4a
 class _OnceOnly(yaml.SafeLoader):
     "Reads YAML, but refuses a name that stands twice, or that is no text"
     def compose_mapping_node(self, anchor):
@@ -224,14 +224,15 @@ def study_runs(
             runs[p["name"]] = p
     return runs
 
-# %% ../nbs/14_study.ipynb #8b99be09
+# %% ../nbs/14_study.ipynb #a3b10e14
 _COLUMNS = ("run", "seed", "dataset", "precision", "n_train", "measured_on", "steps", "seconds",
            "device")  # of the table of metrics, beside them
 
 def read_run(
-    path: Path,  # Of the record, ends in `.json`
+    path: str | Path,  # Of the record, ends in `.json`
 ) -> tuple[dict, pd.DataFrame]:  # The record, its scores
     "A finished pretraining; raises `InputError` for everything else"
+    path = as_path("path", path)
     if path.is_file() and path.stat().st_size > 2**26:
         raise InputError(f"{path} has {path.stat().st_size:,} bytes, too many for a record.")
     record = read_record(path)
@@ -248,7 +249,7 @@ def read_run(
         raise InputError(f"{scores} holds other steps than its record says: copy both again.")
     return record, frame
 
-# %% ../nbs/14_study.ipynb #721df3c3
+# %% ../nbs/14_study.ipynb #f38e0f12
 def _effective_parameters(
     record: dict,  # Of a pretraining
 ) -> dict:  # name: value
@@ -274,7 +275,7 @@ def meaning(
         pass
     return {name: value for name, value in own.items() if name != "seed"}
 
-# %% ../nbs/14_study.ipynb #8b2f2af1
+# %% ../nbs/14_study.ipynb #973c0be4
 def _label_of(
     pattern: str,  # As `{mixing}, m = {momentum:g}`
     settings: dict,  # Parameters of a run
@@ -338,7 +339,7 @@ def readable_runs(
         print(f"{len(left_out)} of {len(paths)} files left out: {names}{more} (the first: {why})")
     return found
 
-# %% ../nbs/14_study.ipynb #460e810e
+# %% ../nbs/14_study.ipynb #4b1d6ae5
 def _refuse_twins(
     metrics: pd.DataFrame,  # One row a run, indexed by label
 ):
@@ -370,7 +371,7 @@ def _refuse_mixture(
                 f"{shown(values[1])}: name it in `label`, as {{{name}}}."
             )
 
-# %% ../nbs/14_study.ipynb #6fdb7d8e
+# %% ../nbs/14_study.ipynb #ded7ddfe
 def read_runs(
     folder: str,  # With `<name>.json` and `<name>.parquet` of each run
     names: str | list = "*",  # Which of them: a pattern, as `none-*`, or several
@@ -402,7 +403,7 @@ def read_runs(
     _refuse_twins(metrics)
     return runs, metrics
 
-# %% ../nbs/14_study.ipynb #af61be54
+# %% ../nbs/14_study.ipynb #9b501d8d
 def _check_metrics(
     metrics: pd.DataFrame,  # From `read_runs`, or several such tables joined
     needed: list,  # Columns
@@ -417,7 +418,7 @@ def _check_metrics(
             raise InputError(f"there is no metric {shown(column)}.{hint}")
     _refuse_twins(metrics)
 
-# %% ../nbs/14_study.ipynb #5a4a5bc3
+# %% ../nbs/14_study.ipynb #1ac07083
 def _listed(
     values: Iterable,
 ) -> str:
@@ -442,7 +443,7 @@ def made_with(
         f"{mixed}{seconds}"
     )
 
-# %% ../nbs/14_study.ipynb #3436c360
+# %% ../nbs/14_study.ipynb #6cb8441e
 def baselines(
     runs: list,  # Labels
     baseline: str | dict,  # As `compare_runs` takes it
@@ -504,7 +505,7 @@ def compare_runs(
     columns = ["n", "mean", "sd", "difference", "low", "high"]
     return Comparison.from_dict(rows, "index", columns=columns)
 
-# %% ../nbs/14_study.ipynb #3b9b4b3a
+# %% ../nbs/14_study.ipynb #03dc31ae
 def plot_settings(
     metrics: pd.DataFrame,  # From `read_runs`, the settings in their order
     table: pd.DataFrame,  # From `compare_runs`
