@@ -193,13 +193,20 @@ def shown(cell):
     return cell | {"source": source, "metadata": metadata}
 
 
+def folded(docname):
+    "Tags of a page's code: the index shows none, a page of figures only after a click"
+    if docname == "nbs/index":
+        return ["remove-input"]
+    return ["hide-input"] if docname.startswith("nbs/figures/") else []
+
+
 def with_figures(cell, about):
     "A code cell; if it draws, with its outputs as cells of their own: a table is no figure"
     if not any(map(is_picture, cell["outputs"])):
         return [cell]
     cells = [cell | {"outputs": []}]
     for n, output in enumerate(cell["outputs"]):
-        tags = cell["metadata"]["tags"] + ["remove-input"]
+        tags = [tag for tag in cell["metadata"]["tags"] if tag != "hide-input"] + ["remove-input"]
         metadata = {"tags": tags} | ({"mystnb": about} if is_picture(output) else {})
         id = f"{cell['id']}-{n}"
         cells.append(cell | {"id": id, "metadata": metadata, "outputs": [output]})
@@ -253,8 +260,8 @@ def as_page(docname, text):
             anchors = [f"({anchor(module, name)})=" for name in public_names(cell)]
             if anchors:
                 cells.append(markdown_cell(f"{cell['id']}-names", anchors))
-            if docname == "nbs/index":
-                cell["metadata"] = {"tags": ["remove-input"]}
+            tags = cell["metadata"].get("tags", []) + folded(docname)
+            cell["metadata"] = cell["metadata"] | {"tags": tags}
             cells += with_figures(shown(cell), about)
     chapter = re.match(r"nbs/(\d+[a-z]?)_", docname)
     if chapter:

@@ -244,6 +244,16 @@ def test_a_telephone_scrolls_down_only(page, book, name):
     assert title["x"] >= 0 and title["x"] + title["width"] <= 390
 
 
+def test_the_code_of_a_figure_opens_by_a_click(page, book):
+    opened(page, book / "nbs" / "figures" / "claims.html", 1400)
+    code = page.locator(".cell_input pre")
+    assert code.count() > 10 and not code.first.is_visible()
+    assert page.locator(".cell_output table").first.is_visible()
+    assert page.locator("article figure img").first.is_visible()
+    page.locator("details.hide summary").first.click()
+    assert code.first.is_visible()
+
+
 def test_code_can_be_copied(page, book):
     opened(page, book / "nbs" / "03_transform.html", 1400)
     page.wait_for_selector("button.copybtn", state="attached")
