@@ -10,9 +10,10 @@ import argparse
 import os
 import sys
 from contextlib import suppress
-import yaml
+from pathlib import Path
+from typing import get_args
 from .core import InputError
-from .record import check_given, declared
+from .record import check_given, declared, defaults
 from .study import read_yaml
 from .train import pretrain
 
@@ -29,29 +30,30 @@ def read_recipe(
 # %% ../nbs/19_launch.ipynb #76a17385
 def as_value(
     text: str,
-):
-    "A value of the command line: a number, True, False, or a word"
-    try:
-        value = yaml.safe_load(text)
-    except Exception:  # PyYAML lets many kinds pass, as for the date 2001-13-45
-        return text
-    if not isinstance(value, (bool, int, float)):
-        value = text  # a word, whatever else YAML makes of it
-        with suppress(ValueError):
-            value = float(text)
-    return value
+    kind: type = str,  # Of its parameter: bool, int, float, str, or `float | str`
+) -> bool | int | float | str:
+    "A value of the command line, of its parameter's type; text where it does not fit"
+    kinds = get_args(kind) or (kind,)
+    if bool in kinds and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for number in (int, float):
+        if number in kinds:
+            with suppress(ValueError):
+                return number(text)
+    return text
 
 # %% ../nbs/19_launch.ipynb #18a90dfc
 def run_parameters(
     recipe: str = "",  # A file; empty: none
-    given: tuple = (),  # Pairs of name and text, which come before the recipe
+    given: tuple = (),  # Pairs of name and text, which override the recipe
 ) -> dict:  # name: value
     "What to call `pretrain` with; raises `InputError` for the first mistake, with its place"
     known = declared(pretrain)
     parts = {}
     if recipe:
         parts[f"the recipe {recipe}"] = read_recipe(recipe)
-    parts["the command line"] = {name: as_value(text) for name, text in given}
+    kinds = {name: parameter.kind for name, parameter in known.items()}
+    parts["the command line"] = {name: as_value(text, kinds.get(name)) for name, text in given}
     p = {}
     for place, own in parts.items():
         try:
@@ -72,15 +74,17 @@ def main(
     parser.add_argument("-f", dest="recipe", default="", help="a file of `name: value` lines")
     parser.add_argument(
         "-p", dest="given", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
-        help="a parameter; comes before the recipe",
+        help="a parameter; overrides the recipe",
     )
     asked = parser.parse_args(arguments)
     try:
-        record = pretrain(**run_parameters(asked.recipe, asked.given))
+        p = defaults(pretrain) | run_parameters(asked.recipe, asked.given)
+        record = pretrain(**p)
     except InputError as e:
         sys.exit(f"InputError: {e}")
     if record and int(os.environ.get("RANK", 0)) == 0:
-        print(f"{record['name']}: {record['metrics']}")
+        place = Path(p["out"], f"{record['name']}.json")
+        print(f"{place}: {record['metrics']}")
 
 # %% ../nbs/19_launch.ipynb #7138f065
 if __name__ == "__main__" and getattr(globals().get("__spec__"), "name", "") == "ftcl.launch":

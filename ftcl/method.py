@@ -107,7 +107,7 @@ class Method(nn.Module):
             if name in p and p[name] not in (off, cls.recipe.get(name, off)):
                 raise InputError(
                     f"{name} is {shown(p[name])}, but {method} makes no use of it: leave it "
-                    f"at {off!r}."
+                    f"at {OWN if name in cls.recipe else off!r}."
                 )
 
     @classmethod

@@ -743,7 +743,7 @@ def html_report(
     runs: dict,  # label -> list of data frames, one per seed (or a single one)
     path: str,  # A `.html` file, written under another name first
     title: str = "Scores while training",
-    table: pd.DataFrame | None = None,  # From `read_runs`: accuracies and settings, a row a run
+    table: pd.DataFrame | None = None,  # From `read_runs`: accuracies and settings, one row per run
     columns: list = (),  # As in `score_figure`; empty: main panels, and all others in groups
     accuracy: dict | None = None,  # From `accuracy_by_epoch`; None or empty: not known
     baseline: str | dict = "",  # What settings are compared with; empty: the first one

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 import pyarrow.parquet as pq
 from .core import InputError, alone, as_path, check_shapes, constant, nearest, positive
-from .core import reason, replacing, row_blocks, shown
+from .core import reason, replacing, row_blocks, shown, whole
 from .loss import positive_logit
 from .transform import can_be_read, known_options
 
@@ -268,8 +268,8 @@ def _scalar(name, value, device):
 # %% ../nbs/05_scores.ipynb #000ea913
 def _check_step(step, last):
     "Raise `InputError` unless `step` is a whole number above `last` that a float64 holds exactly"
-    whole = isinstance(step, Integral) and not isinstance(step, bool)
-    if not (whole and 0 <= step <= 2**53):
+    is_whole = isinstance(step, Integral) and not isinstance(step, bool)
+    if not (is_whole and 0 <= step <= 2**53):
         wanted = "a whole number from 0 to 2**53"
         raise InputError(f"step is {shown(step)}, but must be {wanted}.")
     if step <= last:
@@ -418,7 +418,7 @@ class ScoreRecorder:
         last: int = 0,  # This many rows, the last ones; 0: all
     ) -> Tensor:  # (steps, columns) float64 on the CPU
         "The rows as one tensor"
-        rows = self.rows[-last:]  # all of them where `last` is 0
+        rows = self.rows[-whole("last", last, 0):]  # all of them where `last` is 0
         if not rows:
             return torch.zeros(0, len(self.columns), dtype=torch.float64)
         return torch.stack(rows).cpu()  # (steps, columns)

@@ -117,7 +117,7 @@ def arms(
     mixing = p.get("mixing", "none")
     acting = [name for name in plain if name != "mixing"]
     if mixing == "none":
-        acting = ["tau_pos"]  # the only one that acts without a transformation
+        acting = ["tau_pos", "hardness", "false_share"]  # they act without a transformation
     changed = [name for name in acting if p.get(name, plain[name]) != plain[name]]
     if mixing == "none" and not changed:
         known = ", ".join(sorted(TRANSFORMS))
@@ -207,7 +207,7 @@ def _check_study(
 
 def study_runs(
     study: str,  # Its name, and that of its folder in `results`
-    about: dict,  # `shared`: parameters; `settings`: name -> own parameters; `seeds`: name -> seeds
+    about: dict,  # `shared`: parameters; `settings`: name -> own parameters, `seeds` among them
 ) -> dict:  # run: its parameters of `pretrain`
     "Every run of one study; raises `InputError` for a parameter that cannot be used"
     _check_study(study, about)
@@ -408,7 +408,7 @@ def _check_metrics(
     metrics: pd.DataFrame,  # From `read_runs`, or several such tables joined
     needed: list,  # Columns
 ):
-    "Raise `InputError` unless it has a row a run, under labels, each label with a seed once"
+    "Raise `InputError` unless it has one row per run, under labels, each label with a seed once"
     if not isinstance(metrics, pd.DataFrame) or metrics.index.nlevels > 1 or not len(metrics):
         what = "has no row" if isinstance(metrics, pd.DataFrame) else f"is {shown(metrics)}"
         raise InputError(f"the table of metrics {what}, but must be what read_runs gives.")
@@ -428,19 +428,19 @@ def _listed(
 def made_with(
     metrics: pd.DataFrame,  # From `read_runs`
 ) -> str:
-    "Runs and seeds, data, device, and seconds of a run: for the caption of a picture"
+    "Runs and seeds, data, device, precision and seconds of a run: for the caption of a picture"
     _check_metrics(metrics, ["n_train", "seconds", "dataset", "measured_on", "device"])
     seeds = " or ".join(map(str, sorted(set(metrics.groupby(level=0).size()))))
+    of_seeds = "seed" if seeds == "1" else "seeds"
     images = _listed(n if pd.isna(n) else f"{n:,.0f}" for n in metrics["n_train"])
     known = metrics["seconds"].dropna()
     seconds = f"{known.min():.0f} to {known.max():.0f} s a run" if len(known) else "unknown seconds"
-    precisions = _listed(metrics["precision"]) if "precision" in metrics else ""
-    mixed = f"precision {precisions}; " if " and " in precisions else ""
+    precision = f"{_listed(metrics['precision'])}, " if "precision" in metrics else ""
     return (
-        f"{len(metrics)} runs, {seeds} seeds a setting; "
+        f"{counted(len(metrics), 'run')}, {seeds} {of_seeds} per setting; "
         f"{_listed(metrics['dataset'])}, {images} images, "
         f"measured on {_listed(metrics['measured_on'])}; {_listed(metrics['device'])}; "
-        f"{mixed}{seconds}"
+        f"{precision}{seconds}"
     )
 
 # %% ../nbs/14_study.ipynb #6cb8441e

@@ -92,6 +92,7 @@ def _check_fit(
 ):
     "Raise `InputError` for the first value that does not fit another one"
     METHODS[p["method"]].check(p)
+    transform_of(p)  # refuses a level, a strength, an alpha
     splits = p["bn_splits"]
     batch = p["batch_size"]
     if p["start_epoch"] >= p["epochs"]:
@@ -1008,9 +1009,9 @@ def _tell_of_few_steps(
     steps = total - per_epoch * s.params["start_epoch"]
     if steps < rise and s.accelerator.is_main_process:
         print(
-            f"{s.params['name']}: strength {s.params['strength']!r} needs {rise} transformed steps "
-            f"or more to reach {ceiling:g}, but the run has {steps}: it reaches "
-            f"{ceiling * steps / rise:.3g} at most."
+            f"{s.params['name']}: strength {s.params['strength']!r} needs {rise} calls or more to "
+            f"reach {ceiling:g}, but the run has {steps} transformed steps: with one call a step "
+            f"it reaches {ceiling * steps / rise:.3g} at most, with several more."
         )
 
 def _meet_images(

@@ -35,7 +35,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # types 
 def extrapolate(
     q: Tensor,  # (B, D) queries
     k: Tensor,  # (B, D) their positive keys
-    lam: Tensor,  # l_ex: scalar, (B, 1) or (B, D), at least 1
+    lam: float | Tensor,  # l_ex: a number, a scalar, (B, 1) or (B, D); as released at least 1
 ) -> tuple[Tensor, Tensor]:  # q_hat, k_hat: (B, D) each
     "Push a query and its key apart (arXiv 2108.02982); raises `InputError` for wrong shapes"
     check_alike(q=q, k=k)
@@ -59,7 +59,7 @@ def check_alike(
                              "floating-point numbers.")
 
 def _factor(lam, x):
-    "l as a number, or as a tensor of the type of x that has one or all numbers of each of its axes"
+    "l as a number, or as a tensor of the type of x, each of whose axes has length 1 or that of x"
     if isinstance(lam, Tensor):
         fits = lam.ndim in (0, x.ndim) and all(n in (1, m) for n, m in zip(lam.shape, x.shape))
         near = lam.device == x.device or (lam.ndim == 0 and lam.device.type == "cpu")
@@ -76,10 +76,10 @@ def _factor(lam, x):
 # %% ../nbs/03_transform.ipynb #ac34c3a8
 def interpolate(
     keys: Tensor,  # (K, D) negative keys
-    lam: Tensor,  # l_in: scalar, (K, 1) or (K, D), in [0, 1]
+    lam: float | Tensor,  # l_in: a number, a scalar, (K, 1) or (K, D); as released in [0, 1]
     perm: Tensor,  # (K,) a permutation of 0 .. K-1
 ) -> Tensor:  # keys_hat (K, D)
-    "Mix every negative key with another one (arXiv 2108.02982); raises `InputError` as above"
+    "Mix every negative key with another one (arXiv 2108.02982); raises `InputError` for wrong ones"
     check_alike(keys=keys)
     check_shapes(keys=(keys, "KD"), perm=(perm, "K"))
     if not _is_order(perm) or perm.device != keys.device:
@@ -185,10 +185,10 @@ LEVELS = ["feature", "sample", "dimension"]
 class Options:
     "What every transformation of a step is told; raises `InputError` for a wrong word or number"
     level: str = "feature"  # one l for a step, one per `sample`, or one per `dimension` of each
-    alpha: float = 2.0  # a_ex: l_ex = 1 + strength * Beta(a_ex, a_ex)
+    alpha: float = 2.0  # a_ex: l_ex = 1 + strength * Beta(a_ex, a_ex); anew at each call
     alpha_neg: float = 1.6  # a_in: l_in = Beta(a_in, a_in)
     renormalize: bool = False  # put the transformed vectors back on the sphere
-    strength: float = 1.0  # s: reach of l_ex, above 0 and at most 1
+    strength: float = 1.0  # s: reach of l_ex, above 0 and at most 1; anew at each call
     detach_key: bool = False  # stop the gradient through k_hat
     append: bool = False  # whether new negatives join the old ones, or replace them
     generator: torch.Generator | None = None  # of all draws, on the device of the vectors
@@ -231,10 +231,9 @@ def _reach(
     strength: float,  # Its value
 ) -> float:
     "`strength`, if it is above 0 and at most 1; raises `InputError` otherwise"
-    if positive(name, strength) <= 1:
+    if is_number(strength) and 0 < strength <= 1:
         return strength
-    limit = "but must be at most 1, where l_ex reaches 2."
-    raise InputError(f"{name} is {shown(strength)}, {limit}")
+    raise InputError(f"{name} is {shown(strength)}, but must be a number above 0 and at most 1.")
 
 def _reach_or_zero(
     name: str,  # The parameter's name
@@ -635,7 +634,7 @@ class Auto(nn.Module):
 
 # %% ../nbs/03_transform.ipynb #eb2938fb
 def runs_eagerly() -> bool:
-    "Whether no compiler and no function transform looks on"
+    "Whether no compiler and no function transform of torch is active"
     watched = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     return not watched and forward_ad._current_level < 0
 
@@ -664,7 +663,7 @@ def _warn_of_vectors(
 def can_be_read(
     *tensors: Tensor,
 ) -> bool:
-    "Whether these are plain tensors with numbers, and no GPU records what is done"
+    "Whether these are plain tensors with numbers, and no CUDA graph is being captured"
     if any(type(x) not in (Tensor, nn.Parameter) or x.is_meta for x in tensors):
         return False
     on_gpu = any(x.is_cuda for x in tensors)
@@ -714,11 +713,13 @@ class FeatureTransform(nn.Module):
     looked = False  # whether the vectors of a first call have been looked at
     generator = _of_options("generator")  # of all draws
     processes = _of_options("processes")  # the `Processes` that share every batch
+    strength = property(lambda self: self.options.strength)  # s of the last call, to be read
+    alpha = property(lambda self: self.options.alpha)  # that of the last call, to be read
 
     @known_options
     def __init__(self,
         mixing: str = "posneg",  # `none`, or names joined by +: `pos`, `neg`, `pos+neg` (`posneg`)
-        level: str = "feature",  # One l a step, one per `sample`, or one per `dimension` of each
+        level: str = "feature",  # One l per step, one per `sample`, or one per `dimension` of each
         alpha: float | str = 2.0,  # a_ex: l_ex = 1 + strength * Beta(a_ex, a_ex); or a `schedule`
         alpha_neg: float = 1.6,  # a_in: l_in = Beta(a_in, a_in)
         renormalize: bool = False,  # Put the transformed vectors back on the sphere

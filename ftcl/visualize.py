@@ -403,7 +403,7 @@ def _numbers(
 
 def plot_beta(
     alphas: list,  # Of Beta(alpha, alpha), one curve each
-    drawn: pd.Series,  # The l of a run's steps, one l a step, at one of these alphas
+    drawn: pd.Series,  # The l of a run's steps, one l per step, at one of these alphas
     low: float,  # Of the range of l, which has the width 1: 0 for l_in, 1 for l_ex
     label: str,  # Of l
 ):  # Figure
@@ -432,25 +432,33 @@ def plot_beta(
     return legend_below(fig, *ax.get_legend_handles_labels())
 
 # %% ../nbs/06_visualize.ipynb #9820d4c0
+_LAMBDAS = {  # Column: what draws it, and its line
+    "l_in": ("negatives ($l_{in}$)", "--"),
+    "l_ex": ("positives ($l_{ex}$)", "-"),
+    "l_pos_in": ("positives, pulled together", ":"),
+    "l_pos_arc": ("positives, on an arc", "-."),
+    "l_neg_ex": ("negatives, extrapolated", ":"),
+    "l_neg_arc": ("negatives, on an arc", "-."),
+}
+
 def plot_lambda(
     frames: list,  # Data frames of runs with a transformation, or a single one
 ):  # Figure
-    """Density of the recorded l, the mean of a step's: l_ex of the positives, l_in of the negatives
+    """Density of the recorded l, the mean over each step, of every transformation that drew one
 
     Raises `InputError` where nothing was drawn."""
-    names = {"l_in": ("negatives ($l_{in}$)", "--"), "l_ex": ("positives ($l_{ex}$)", "-")}
-    drawn = {column: [] for column in names}
+    drawn = {column: [] for column in _LAMBDAS}
     for frame in checked_runs({"these runs": frames})["these runs"]:
-        for column in names:
+        for column in drawn:
             if column in frame:
                 drawn[column] += frame[column].dropna().tolist()
     if not any(drawn.values()):
-        raise InputError("no l was drawn in these runs: give those with mixing pos, neg or posneg.")
+        raise InputError("no l was drawn in these runs: give those with a mixing that draws one.")
     if not np.isfinite(sum(drawn.values(), [])).all():
         raise InputError("an l of these runs is infinite.")
     fig = _panels(1, 2.7)
     ax = fig.axes[0]
-    for (column, (name, ls)), color in zip(names.items(), sns.color_palette("colorblind")):
+    for (column, (name, ls)), color in zip(_LAMBDAS.items(), sns.color_palette("colorblind")):
         if drawn[column]:
             middle = np.ptp(np.quantile(drawn[column], [0.25, 0.75]))
             bins = "auto" if np.ptp(drawn[column]) <= 1000 * middle else 100  # no million bins
@@ -539,8 +547,9 @@ def plot_depth(
         for i, (run, color) in enumerate(zip(runs, sns.color_palette("viridis", len(runs)))):
             band = seed_band(data[data["run"] == run], column)
             place = np.full(len(band), i)
+            look = dict(color=color, ls=LINES[i % len(LINES)], lw=1.5, zorder=-i)
             name = label_text(f"{setting} = {run}" if setting else run)
-            ax.plot(band["step"], place, band["mean"], color=color, label=name, lw=1.5, zorder=-i)
+            ax.plot(band["step"], place, band["mean"], label=name, **look)
         ax.set_xlabel("iteration", labelpad=-3)
         ax.set_ylabel(setting, labelpad=-6)
         ax.set_title(label, fontsize="medium", y=0.93)
@@ -567,7 +576,7 @@ def _cells(steps, values):
 # %% ../nbs/06_visualize.ipynb #97cd10e8
 def plot_landscape(
     runs: dict,  # label -> list of data frames, one per seed; the labels in their order
-    columns: dict,  # Column -> label of the colours
+    columns: dict,  # Column -> title: what the colours show
     setting: str = "",  # What the labels are
     log: bool = True,  # Colours by the logarithm; a value must be above 0 then, or it is a gap
 ):  # Figure
@@ -597,7 +606,8 @@ def plot_landscape(
         ax.set_xlabel("iteration")
         ax.set_ylim(len(runs) - 0.5, -0.5)
         ax.patch.set(hatch="////", edgecolor="0.7")
-        fig.colorbar(drawn, ax=ax, label=label)
+        ax.set_title(label, fontsize="medium")
+        fig.colorbar(drawn, ax=ax)
     return fig
 
 # %% ../nbs/06_visualize.ipynb #cc8080dc

@@ -100,7 +100,7 @@ class InfoMin(MoCo, name="infomin"):
         v2: Tensor,  # (B, 3, H, W) the keys' view
         mix: bool = True,  # Whether the transformation is on
         look: bool = True,  # Whether to score the vectors before it, too
-    ) -> Step:  # Of 2B rows: whole views, then jigsaws
+    ) -> Step:  # Of 2B rows (4B if symmetric): whole views, then jigsaws
         "Loss and scores of one batch; no weight and no key changes before `update`"
         self.check_views(v1, v2)
         query_views = [v1, v2] if self.symmetric else [v1]
