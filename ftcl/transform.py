@@ -713,8 +713,8 @@ class FeatureTransform(nn.Module):
     looked = False  # whether the vectors of a first call have been looked at
     generator = _of_options("generator")  # of all draws
     processes = _of_options("processes")  # the `Processes` that share every batch
-    strength = property(lambda self: self.options.strength)  # s of the last call, to be read
-    alpha = property(lambda self: self.options.alpha)  # that of the last call, to be read
+    strength = property(lambda self: self.options.strength)  # s of the last call; before it the first
+    alpha = property(lambda self: self.options.alpha)  # that of the last call; before it the first
 
     @known_options
     def __init__(self,
@@ -743,6 +743,12 @@ class FeatureTransform(nn.Module):
             level=level, alpha_neg=alpha_neg, renormalize=renormalize,
             detach_key=detach_key, append=append, generator=generator,
         )
+        self.options.alpha = self.alpha_at.first
+        self.options.strength = self.strength_at.first
+        if self.strength_tensor is not None:
+            self.options.strength = self.strength_tensor
+        if self.auto:
+            self.options.strength = self.auto.strength
         self.mixing = mixing
         self.drawn = {}  # what the last call drew: name -> mean of all l, a scalar tensor
 

@@ -893,3 +893,30 @@ def test_one_thing_is_no_plural():
         "2,000 images",
     ]
     assert counted(1, "class", "classes") == "1 class"
+
+
+def test_a_strength_or_an_alpha_is_given_at_the_beginning_and_read_afterwards():
+    vectors = [F.normalize(torch.randn(B, D), dim=1) for _ in range(3)]
+    transform = FeatureTransform("pos", strength="linear 0.2 0.4", alpha=3.0)
+    assert (transform.strength, transform.alpha) == (0.2, 3.0)
+    transform.progress = 0.5
+    transform(*vectors)
+    assert (transform.strength, transform.alpha) == (0.3, 3.0)
+    assert FeatureTransform("pos", strength="auto").strength == 0
+    assert FeatureTransform("pos", strength=torch.tensor(0.5)).strength == 0.5
+    for name in ("strength", "alpha"):
+        with pytest.raises(AttributeError):
+            setattr(transform, name, 0.1)
+
+
+@pytest.mark.parametrize("strength", [0, -1, 1.5, math.nan, math.inf, True])
+def test_a_strength_out_of_its_range_is_told_the_whole_range(strength):
+    with pytest.raises(InputError, match="but must be a number above 0 and at most 1"):
+        FeatureTransform("pos", strength=strength)
+
+
+def test_a_recorder_gives_no_negative_number_of_rows():
+    recorder = ScoreRecorder(tau=0.2)
+    for call in (recorder.frame, recorder.table):
+        with pytest.raises(InputError, match="last is -3, but must be a whole number of at least 0"):
+            call(-3)
