@@ -636,7 +636,7 @@ def test_mixed_precisions_are_named(pair, capsys):
         changed(path, folder / f"new{seed}.json", dict(precision="fp32"))
         path.unlink()
     runs, metrics = read_runs(folder, label="{mixing}")
-    assert "precision fp32 and bf16" in made_with(metrics)
+    assert "; fp32 and bf16, " in made_with(metrics)
     table = compare_runs(metrics, "none")
     told = "runs of 'pos' and 'none' have the precisions fp32 and bf16\n"
     assert capsys.readouterr().out == told
