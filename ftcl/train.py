@@ -1257,7 +1257,8 @@ def pretrain(
         int, Param("of weights, queue, order, views and mixing", "schedule", least=0, most=2**31)
     ] = 0,
     readouts: Annotated[
-        str, Param("measured at the end: names joined by +", "measurement", check=_readout_names)
+        str,
+        Param("at the end: names joined by +, or none", "measurement", check=_readout_names),
     ] = "knn_backbone+knn_projection",
     knn_every: Annotated[
         int, Param("kNN accuracy every n epochs; 0: at the end only", "measurement", least=0)
