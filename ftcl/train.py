@@ -1169,7 +1169,7 @@ def pretrain(
     symmetric: Annotated[bool, Param("each view is once query, once key", "method")] = False,
     momentum: Annotated[
         float,
-        Param("m of a slow encoder; -1: the method's own", "method", least=0, most=1, own=True),
+        Param("m of a key encoder; -1: the method's own", "method", least=0, most=1, own=True),
     ] = -1.0,
     tau: Annotated[
         float, Param("temperature; -1: the method's own", "method", least=1e-6, own=True)

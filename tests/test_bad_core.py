@@ -19,7 +19,7 @@ from ftcl.core import InputError, Processes, check_shapes, counted, nearest, pos
 from ftcl.encoder import Encoder, SplitBN, backbone, ema_update, projection, small_resnet, split_bn
 from ftcl.loss import in_batch, info_nce, positive_logit, scores, streamed_info_nce
 from ftcl.method import Contrast, Method, MoCo, augmentation_of, build_method, join
-from ftcl.method import join_contrasts, slow_copy, vectors_of
+from ftcl.method import join_contrasts, copy_key_encoder, vectors_of
 from ftcl.methods.barlow import barlow_loss, cross_correlations
 from ftcl.methods.infomin import orders
 from ftcl.methods.swav import swapped_loss
@@ -181,7 +181,7 @@ PUBLIC = {  # name: function, arguments that are right
     "join": (join, ([POS],)),
     "join_contrasts": (join_contrasts, ([Contrast(POS, NEG)],)),
     "vectors_of": (vectors_of, (Encoder("small", dim=8), views())),
-    "slow_copy": (slow_copy, (nn.Linear(3, 3),)),
+    "copy_key_encoder": (copy_key_encoder, (nn.Linear(3, 3),)),
     "build_method": (build_method, (RUN, shared("none"), 1)),
 }
 

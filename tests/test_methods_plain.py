@@ -249,7 +249,7 @@ def test_first_weights_depend_on_the_seed_alone(tmp_path):
 
 
 def test_the_slow_encoder_of_a_run_comes_to_rest(tmp_path):
-    "m rises: with m = 0 at the start the slow encoder follows at once, but not at the end"
+    "m rises: with m = 0 at the start the key encoder follows at once, but not at the end"
     run = SHORT | dict(method="byol", momentum=0.0)
     pretrain(**run, name="short", out=str(tmp_path), stop_after=1)
     pretrain(**run, name="long", out=str(tmp_path))
