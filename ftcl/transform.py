@@ -713,8 +713,8 @@ class FeatureTransform(nn.Module):
     looked = False  # whether the vectors of a first call have been looked at
     generator = _of_options("generator")  # of all draws
     processes = _of_options("processes")  # the `Processes` that share every batch
-    strength = property(lambda self: self.options.strength)  # s of the last call; before it the first
-    alpha = property(lambda self: self.options.alpha)  # that of the last call; before it the first
+    strength = property(lambda self: self.options.strength)  # s of the last call, or the first
+    alpha = property(lambda self: self.options.alpha)  # that of the last call, or the first
 
     @known_options
     def __init__(self,

@@ -441,7 +441,7 @@ def test_a_probe_learns(tmp_path):
     )  # fmt: skip
     accuracies = [row["probe_backbone"] for row in record["epochs"]]
     assert accuracies[-1] == record["metrics"]["probe_backbone"] > 15  # chance is 10
-    assert accuracies[-1] > 0.6 * record["metrics"]["logreg_backbone"]
+    assert accuracies[-1] > 0.5 * record["metrics"]["logreg_backbone"]
 
 
 @pytest.mark.parametrize("stop", [1, 3, 4, 7])
