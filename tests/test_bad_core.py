@@ -18,8 +18,8 @@ from torch import nn
 from ftcl.core import InputError, Processes, check_shapes, counted, nearest, positive
 from ftcl.encoder import Encoder, SplitBN, backbone, ema_update, projection, small_resnet, split_bn
 from ftcl.loss import in_batch, info_nce, positive_logit, scores, streamed_info_nce
-from ftcl.method import Contrast, Method, MoCo, augmentation_of, build_method, join
-from ftcl.method import join_contrasts, copy_key_encoder, vectors_of
+from ftcl.method import Contrast, Method, MoCo, augmentation_of, build_method
+from ftcl.method import copy_key_encoder, join, join_contrasts, vectors_of
 from ftcl.methods.barlow import barlow_loss, cross_correlations
 from ftcl.methods.infomin import orders
 from ftcl.methods.swav import swapped_loss
