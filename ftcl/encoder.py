@@ -491,9 +491,10 @@ class _NormAtOnce(torch.autograd.Function):
         rows, weight, mean, invstd = ctx.saved_tensors
         grad_rows = _side_by_side(grad, ctx.splits)
         wanted = [ctx.needs_input_grad[i] for i in (0, 3, 4)]  # x, weight, bias
-        x, weight, bias = torch.ops.aten.native_batch_norm_backward(
+        found = torch.ops.aten.native_batch_norm_backward(
             grad_rows, rows, weight, None, None, mean, invstd, True, ctx.eps, wanted
-        )
+        )  # a GPU also computes what is not wanted
+        x, weight, bias = [one if w else None for one, w in zip(found, wanted, strict=True)]
         if wanted[0]:
             x = _put_back(x, grad.new_empty_strided(grad.shape, ctx.strides), ctx.splits)
         if wanted[1]:

@@ -799,7 +799,8 @@ class FeatureTransform(nn.Module):
             options.strength = self.auto(q, k, self.processes)
             self.drawn["signal"] = self.auto.signal
         if self.changes:
-            self.drawn["strength"] = torch.as_tensor(options.strength, device=q.device)
+            s = options.strength
+            self.drawn["strength"] = s if torch.is_tensor(s) else torch.full((), s, device=q.device)
 
     def forward(self,
         q: Tensor,  # (B, D) queries

@@ -253,6 +253,27 @@ def test_vectors_at_once(as_on_a_gpu):
     torch.testing.assert_close(bn.weight.grad, same.weight.grad, atol=1e-10, rtol=0)
 
 
+class AllGradients(TorchDispatchMode):
+    "The kernel gives every gradient, wanted or not, as that of a GPU does"
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is not torch.ops.aten.native_batch_norm_backward.default:
+            return func(*args, **(kwargs or {}))
+        self.wanted = args[9]
+        x, *_ = func(*args)
+        return x, args[5].clone(), args[5].clone()
+
+
+def test_layers_without_weights(as_on_a_gpu):
+    bn, same = (layer(splits=3, affine=False) for _ in range(2))
+    x, other = (maps((12, 6, 2, 2)).requires_grad_() for _ in range(2))
+    with AllGradients() as kernel:
+        bn(x).backward(maps((12, 6, 2, 2), seed=1))
+    assert kernel.wanted == [True, False, False]
+    loop(same, other).backward(maps((12, 6, 2, 2), seed=1))
+    torch.testing.assert_close(x.grad, other.grad, atol=1e-10, rtol=0)
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_whole_encoder(bf16, monkeypatch):
     torch.manual_seed(0)

@@ -37,6 +37,7 @@ READS = {  # computations whose result decides a number or a shape on the host
     "_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero", "nonzero_static",
     "masked_select", "bincount", "unique_consecutive", "unique_dim", "_unique", "_unique2",
     "repeat_interleave", "histogramdd", "allclose", "_linalg_check_errors",
+    "lift_fresh",  # no read, but a number of the host that is copied: the host waits for that, too
 }  # fmt: skip
 METHODS_OF_TENSORS = (
     "__bool__", "__complex__", "__contains__", "__float__", "__index__", "__int__", "__array__",
@@ -237,6 +238,10 @@ def test_on_another_device_those_places_read_nothing():
     _blur_some(images, torch.empty(B, 3, device="meta"))
 
 
+def copy_a_number(loss):
+    torch.as_tensor(0.5, device=loss.device)
+
+
 def read_in_torch(loss):
     torch.full((2,), loss)
 
@@ -261,6 +266,7 @@ WAITS = {  # what somebody may write into a method, as a function of its loss
     "allclose": lambda loss: torch.allclose(loss, loss + 1),
     "repeat": lambda loss: loss[None].repeat_interleave(torch.ones_like(loss[None]).long()),
     "fill": read_in_torch,
+    "copy": copy_a_number,
 }
 
 
