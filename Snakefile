@@ -56,6 +56,9 @@ FIGURES = {  # notebook in nbs/figures: (studies that it is drawn from, *: all; 
     "regime": ("cifar10-regime", ["cifar10-regime", "cifar10-controls", "cifar10-collapse"]),
     "screening": ("cifar10-screening", ["cifar10-screening"]),
     "few": ("cifar10-few", ["cifar10-few", "cifar10-few-course"]),
+    "longer": (
+        "cifar10-long tiny-imagenet-100 cifar10-transforms", ["cifar10-long", "longer"],
+    ),
     "hardness": (
         "cifar10-curve directions",
         [
