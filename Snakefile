@@ -37,7 +37,9 @@ FIGURES = {  # notebook in nbs/figures: (studies that it is drawn from, *: all; 
         "cifar10-momentum",
         ["cifar10-gradient-none", "cifar10-gradient-posneg", "cifar10-gradient-landscape"],
     ),
-    "extrapolation": ("cifar10-momentum", ["cifar10-extrapolation-scores", "l-ex-density"]),
+    "extrapolation": (
+        "cifar10-momentum cifar10-settings", ["cifar10-extrapolation-scores", "l-ex-density"],
+    ),
     "interpolation": ("cifar10-momentum", ["cifar10-interpolation-scores", "l-in-density"]),
     "alpha": ("cifar10-settings", ["cifar10-alpha", "cifar10-level"]),
     "start_epoch": (
