@@ -47,6 +47,18 @@ def _inner_products(a, b):
     return _OneDNNProduct.apply(a, b) if fits else a @ b.T
 
 # %% ../nbs/04_loss.ipynb #465ed3ba
+def _query_of_negatives(
+    q: Tensor,  # (B, D)
+    q_neg: Tensor | None,  # (B, D)
+) -> Tensor:  # (B, D)
+    "`q_neg`, or `q` in its place; raises `InputError` for a mask"
+    if isinstance(q_neg, Tensor) and q_neg.dtype == torch.bool:
+        raise InputError(
+            "q_neg holds True and False, as a mask does, but must hold vectors: a mask belongs to "
+            "Negatives(keys, mask=...), and FeatureTransform('none') takes all that in_batch gives."
+        )
+    return q if q_neg is None else q_neg
+
 def scores(
     q: Tensor,  # (B, D) queries
     k: Tensor,  # (B, D) positive keys
@@ -54,7 +66,7 @@ def scores(
     q_neg: Tensor | None = None,  # (B, D) queries for the negatives; None: `q`
 ) -> tuple[Tensor, Tensor]:  # pos (B,), neg (B, K), (B, S) or (B, K + S)
     "Inner products of each query with its key and negatives; raises `InputError` for wrong shapes"
-    query = q if q_neg is None else q_neg
+    query = _query_of_negatives(q, q_neg)
     negatives = as_negatives(keys)
     check_vectors(q, k, negatives, q_neg=query)
     pos = (q * k).sum(1)  # (B,)
@@ -275,7 +287,7 @@ def streamed_info_nce(
     gradient, and for a second derivative.
     """
     tau = temperature("tau", tau)
-    query = q if q_neg is None else q_neg
+    query = _query_of_negatives(q, q_neg)
     check_vectors(q, k, keys, q_neg=query)
     if isinstance(keys, Negatives):
         raise InputError("keys has a mask or two kinds, which are not streamed: take "
