@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOOP_COLUMNS', 'TRACKERS', 'Decode', 'ImageColumn', 'Precision', 'Workers', 'cosine_lr', 'set_lr',
-           'refuse_surroundings', 'set_rounding', 'find_device', 'begin', 'train_step', 'steps_to_come', 'check_run',
-           'known_parameters', 'pretrain', 'how_far', 'some_of', 'evaluate_checkpoint']
+           'refuse_surroundings', 'set_rounding', 'find_device', 'begin', 'train_step', 'steps_to_come', 'nth_run',
+           'check_run', 'known_parameters', 'pretrain', 'how_far', 'some_of', 'evaluate_checkpoint']
 
 # %% ../nbs/13_train.ipynb #d04b132f
 import atexit
@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext, redirect_stdout, suppress
+from contextvars import ContextVar
 from functools import partial, wraps
 from inspect import signature
 from itertools import repeat
@@ -517,6 +518,21 @@ def _train_epoch(
     _check_finite(s)  # waits for the device
     s.seconds += time.perf_counter() - start
 
+# %% ../nbs/13_train.ipynb #aff6471f
+_NTH_RUN = ContextVar("which of several runs this is", default={})
+
+@contextmanager
+def nth_run(
+    number: int,  # Of the run within, from 1
+    total: int,  # Runs
+):
+    "The bar of a run within says which of several runs it is"
+    token = _NTH_RUN.set(dict(run=f"{number} of {total}"))
+    try:
+        yield
+    finally:
+        _NTH_RUN.reset(token)
+
 # %% ../nbs/13_train.ipynb #53a8781f
 def _readout_settings(
     s: State,
@@ -577,7 +593,7 @@ def _end_epoch(
     s.epochs.append(row)
     s.loss_sum = 0.0
     s.loss_count = 0
-    bar.set_postfix({name: f"{value:.4g}" for name, value in row.items()})
+    bar.set_postfix(_NTH_RUN.get() | {name: f"{value:.4g}" for name, value in row.items()})
 
 # %% ../nbs/13_train.ipynb #5e665d65
 TRACKERS = ["tensorboard", "trackio", "wandb"]  # of Accelerate; a package has the same name
@@ -725,6 +741,7 @@ def _progress_bar(
         mininterval=0.5,
         leave=False,
         disable=not visible,
+        postfix=_NTH_RUN.get(),
     )
 
 def _train_to_end(

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from scipy.special import betaincinv
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from .core import InputError, Processes, check_shapes, is_number, nearest, one_of
+from .core import InputError, Processes, check_shapes, counted, is_number, nearest, one_of
 from .core import positive, register, row_blocks, shown, whole, within
 
 # %% ../nbs/03_transform.ipynb #185b8381
@@ -643,7 +643,7 @@ def _warn_of_vectors(
     k: Tensor,  # (B, D)
     negatives: Negatives,
 ):
-    "Warn of vectors that are not of length 1, and of a query that meets its own key"
+    "Warn of a length other than 1, of queries without negatives, and of one that meets its key"
     named = {"q": q, "k": k, "keys": negatives.shared, "own keys": negatives.own}
     named = {name: x.detach() for name, x in named.items() if x is not None and x.numel()}
     if not can_be_read(*named.values()):
@@ -654,6 +654,11 @@ def _warn_of_vectors(
         warnings.warn(f"vectors should have the length 1, but have {', '.join(wrong)} (median): "
                       "normalise them first, as q = torch.nn.functional.normalize(q, dim=1).",
                       stacklevel=5)
+    if negatives.mask is not None and negatives.own is None:
+        without = int(negatives.mask.all(1).sum())
+        if without:
+            warnings.warn(f"the mask leaves {counted(without, 'query', 'queries')} no negatives: "
+                          "True takes a negative out, False leaves it in.", stacklevel=5)
     if len(q) and _meets_its_own(q.detach(), k.detach(), negatives):
         warnings.warn("keys hold the first query's own key, or the query itself, so it is pushed "
                       "away from what it is pulled to: fill the queue after the scores are taken, "

@@ -132,6 +132,8 @@ def test_curves_grow_in_place(lab, page, name, changes, runs, curves):
     assert all(bar.count("%|") <= 1 for bar in seen["bars"]), "more than one progress bar"
     for run in runs:
         assert any(re.match(rf"{run}: .*<\d\d:\d\d, ", bar) for bar in seen["bars"]), run
+    if len(runs) > 1:
+        assert any("run=2 of 2" in bar for bar in seen["bars"]), "which of the runs it is"
     assert training.locator("img").count() == 0
     assert not "".join(training.locator(".jp-OutputArea-output").all_text_contents()).strip()
     assert {p.stem for p in (home / "runs" / name).glob("*.json")} == set(runs)
