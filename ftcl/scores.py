@@ -101,7 +101,7 @@ def histogram_quantiles(
     below = counts.cumsum(0)  # (bins + 2,) numbers up to the end of each bin
     bins = len(counts) - 2
     wanted = (constant(QUANTILES, counts.device, torch.float64) * below[-1]).ceil()  # (5,)
-    i = (below < wanted[:, None]).sum(1)  # (5,) from 0 (too low) to bins + 1
+    i = torch.searchsorted(below, wanted.long())  # (5,) from 0 (too low) to bins + 1
     middle = low + (i - 0.5) * (high - low) / bins  # (5,)
     return middle.where((i > 0) & (i <= bins), math.nan)
 
@@ -253,11 +253,12 @@ def feature_statistics(
 
 # %% ../nbs/05_scores.ipynb #b8d811d7
 def _scalar(name, value, device):
-    "`value` as a float64 scalar on `device`, without waiting for it"
+    "`value` as a scalar tensor on `device`, without waiting for it"
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         if value.device.type == "meta" != torch.device(device).type:
             raise InputError(f"{name} is on meta, where a tensor has no value.")
-        return value.detach().to(device, torch.float64).reshape(())  # ()
+        value = value.detach() if value.requires_grad else value
+        return (value.reshape(()) if value.ndim else value).to(device)
     if isinstance(value, Real):
         try:
             return torch.full((), float(value), dtype=torch.float64, device=device)
@@ -408,6 +409,7 @@ class ScoreRecorder:
         if odd := set(row) ^ set(columns):
             problem = f"differs from the steps before it in {', '.join(sorted(odd))}"
             raise InputError(f"step {step} {problem}: record the same columns at every step.")
+        # the step is float64, and so are all when they are stacked
         values = torch.stack([_scalar(c, row[c], device) for c in columns])  # (columns,)
         # one kind of NaN: files keep no other, and sums of bytes tell them apart
         self.rows.append(values.nan_to_num(nan=math.nan, posinf=math.inf, neginf=-math.inf))
