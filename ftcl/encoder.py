@@ -1058,15 +1058,15 @@ class Encoder(nn.Module):
         return check_features(h, len(x), self.width)
     def forward(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, D), unit norm
         "z, float32 whatever the backbone computes in, or float64 if the weights are"
-        return self.project(self.backbone_features(x))
-    def project(self, h: Tensor) -> Tensor:  # (B, width) -> (B, D), unit norm
+        return self.to_sphere(self.backbone_features(x))
+    def to_sphere(self, h: Tensor) -> Tensor:  # (B, width) -> (B, D), unit norm
         "z of what the backbone gave"
-        return F.normalize(self._head_of(h), dim=1)
+        return F.normalize(self._of_head(h), dim=1)
     def before_sphere(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, D)
         "What the head gives, before it has unit norm: predictors take it so"
-        return self._head_of(self.backbone_features(x))
-    def _head_of(self, h):
-        "What the head gives, (B, D)"
+        return self._of_head(self.backbone_features(x))
+    def _of_head(self, h: Tensor) -> Tensor:  # (B, width) -> (B, D)
+        "What the head makes of h, at least float32"
         z = self.head(_same_type(h, self.last.weight.dtype))  # (B, D)
         return z.to(torch.promote_types(z.dtype, torch.float32))
     @property

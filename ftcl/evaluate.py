@@ -57,9 +57,14 @@ def _vectors(
 ) -> list:  # (B, F) for each of them
     "The vectors of a batch, by one pass of the backbone"
     if spaces == ["projection"]:
-        return [encoder(x)]
+        return [encoder(x)]  # any module can do this
     h = encoder.backbone_features(x)
-    return [h] if spaces == ["backbone"] else [h, encoder.project(h)]
+    return [h] if spaces == ["backbone"] else [h, encoder.to_sphere(h)]
+
+def _device_of(encoder: nn.Module) -> torch.device:
+    "Where its weights are"
+    weight = first_weight(encoder)
+    return torch.device("cpu") if weight is None else weight.device
 
 @torch.no_grad()
 def _encode(
@@ -75,8 +80,7 @@ def _encode(
             "the encoder has no backbone_features: take space='projection', or wrap it, "
             "Encoder(module)."
         )
-    weight = first_weight(encoder)
-    device = torch.device("cpu") if weight is None else weight.device
+    device = _device_of(encoder)
     found = [[] for _ in spaces]
     with evaluation_mode(encoder), torch.autocast(device.type, torch.bfloat16, precision == "bf16"):
         for images in batches:
@@ -163,7 +167,7 @@ class _Kept(NamedTuple):
     "What is looked up rather than computed once more"
     encoder: Encoder
     sets: tuple  # image sets
-    found: dict  # (id of a set, precision): features by space
+    found: dict  # (id of a set, precision): features by space, on the CPU
 
 _KEPT = ContextVar("features that several readouts share", default=None)
 
@@ -172,12 +176,17 @@ def shared_features(
     encoder: Encoder,  # Not to be changed while this lasts
     *sets: ImageSet,
 ):
-    "`set_features` encodes each of these sets once, for both spaces, while this lasts"
+    "`set_features` encodes each of these sets once while this lasts, and hands out copies"
     token = _KEPT.set(_Kept(encoder, sets, {}))
     try:
         yield
     finally:
         _KEPT.reset(token)
+
+def _encode_set(encoder, data, spaces, precision, workers):
+    "`_encode` of a whole set"
+    with closing(image_batches(data, workers=workers)) as batches:
+        return _encode(encoder, batches, spaces, precision)
 
 def set_features(
     encoder: Encoder,
@@ -189,13 +198,15 @@ def set_features(
     "`extract_features` of a whole set; raises `InputError` as it does, and for a damaged image"
     one_of("space", space, SPACES)
     kept = _KEPT.get()
-    keeps = kept is not None and kept.encoder is encoder and any(data is o for o in kept.sets)
-    found = kept.found.setdefault((id(data), precision), {}) if keeps else {}
+    if kept is None or kept.encoder is not encoder or all(data is not o for o in kept.sets):
+        return check_finite_features(_encode_set(encoder, data, [space], precision, workers)[0])
+    found = kept.found.setdefault((id(data), precision), {})
     if space not in found:
-        spaces = SPACES if keeps and type(encoder) is Encoder else [space]
-        with closing(image_batches(data, workers=workers)) as batches:
-            found |= zip(spaces, _encode(encoder, batches, spaces, precision))
-    return check_finite_features(found[space])
+        # one pass is enough for both, unless a subclass has a forward of its own
+        spaces = SPACES if type(encoder) is Encoder else [space]
+        vectors = _encode_set(encoder, data, spaces, precision, workers)
+        found |= {name: h.cpu() for name, h in zip(spaces, vectors)}
+    return check_finite_features(found[space].to(_device_of(encoder), copy=True))
 
 # %% ../nbs/10_evaluate.ipynb #6e0d95dd
 _MOST_CLASSES = 2**20  # a label beyond is no class, and would take memory as if it were
@@ -608,7 +619,8 @@ def readings(
     names = FROZEN if names is None else names
     check_readouts(names, train, test, settings)
     found = {}
-    with shared_features(encoder, train, test):
+    # one readout has nobody to share with
+    with shared_features(encoder, *([train, test] if len(names) > 1 else [])):
         for name in names:
             readout = READOUTS[name]
             given = readout(encoder, train, test, settings)
