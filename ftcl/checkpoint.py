@@ -366,7 +366,10 @@ def _what_to_do(
     foreign: bool,  # Whether something else wrote it
     own: str,  # As in `read_checkpoint`
 ) -> str:
-    "What to do: take the one before, if it is whole"
+    "What to do: add the ending that was left out, or take the one before, if it is whole"
+    ended = beside(path, ".safetensors")
+    if not path.exists() and ended.is_file():
+        return f"give {ended}"
     before = beside(path, ".previous.safetensors")
     try:
         step = _read(before)[1]["step"]

@@ -14,7 +14,6 @@ import os
 import platform
 import re
 import secrets
-import sys
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
@@ -105,8 +104,10 @@ def is_number(
     value,
 ) -> bool:
     "Whether it is a finite number that a float can hold, and no bool"
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    return number and abs(value) <= sys.float_info.max
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return False
 
 def positive(
     name: str,  # The parameter's name

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['SPACES', 'LINEAR_VIEWS', 'SHARE_OF_SAFE', 'MOST_STATISTICS', 'READOUTS', 'FROZEN', 'CHECKS', 'evaluation_mode',
-           'encode_batches', 'check_finite_features', 'extract_features', 'shape_of', 'image_batches',
-           'shared_features', 'set_features', 'check_labelled', 'check_sets', 'class_count', 'knn', 'knn_accuracy',
-           'logreg_classes', 'percent_right', 'linear_logreg', 'paper_milestones', 'linear_batches', 'Standard',
-           'safe_rate', 'linear_layer', 'some_features', 'linear_sgd', 'ReadoutSettings', 'Reading', 'knn_backbone',
-           'knn_projection', 'logreg_backbone', 'linear_backbone', 'check_readouts', 'readings', 'read_out',
-           'record_entries']
+           'encode_batches', 'check_finite_features', 'extract_features', 'shape_of', 'image_batches', 'set_features',
+           'check_labelled', 'check_sets', 'class_count', 'knn', 'knn_accuracy', 'logreg_classes', 'percent_right',
+           'linear_logreg', 'paper_milestones', 'linear_batches', 'Standard', 'safe_rate', 'linear_layer',
+           'some_features', 'linear_sgd', 'ReadoutSettings', 'Reading', 'knn_backbone', 'knn_projection',
+           'logreg_backbone', 'linear_backbone', 'check_readouts', 'readings', 'read_out', 'record_entries']
 
 # %% ../nbs/10_evaluate.ipynb #0b59e1cd
 from collections import deque
@@ -172,7 +171,7 @@ class _Kept(NamedTuple):
 _KEPT = ContextVar("features that several readouts share", default=None)
 
 @contextmanager
-def shared_features(
+def _shared_features(
     encoder: Encoder,  # Not to be changed while this lasts
     *sets: ImageSet,
 ):
@@ -586,6 +585,10 @@ def check_readouts(
     settings: ReadoutSettings = ReadoutSettings(),
 ):
     "Raise `InputError` for what one of the readouts would refuse, before anything is trained"
+    if not isinstance(names, list | tuple):
+        raise InputError(f"names is {shown(names)}, but must be a list, as ['knn_backbone'].")
+    if not isinstance(settings, ReadoutSettings):
+        raise InputError(f"settings is {shown(settings)}, but must be ReadoutSettings(...).")
     for name in names:
         one_of("readout", name, READOUTS)
     if names:
@@ -620,7 +623,7 @@ def readings(
     check_readouts(names, train, test, settings)
     found = {}
     # one readout has nobody to share with
-    with shared_features(encoder, *([train, test] if len(names) > 1 else [])):
+    with _shared_features(encoder, *([train, test] if len(names) > 1 else [])):
         for name in names:
             readout = READOUTS[name]
             given = readout(encoder, train, test, settings)

@@ -402,7 +402,8 @@ def _differences_html(
     if metric not in metrics:
         if metric != "knn_backbone":
             known = list(metrics.columns.map(str))
-            raise InputError(f"there is no metric {shown(metric)}.{nearest(str(metric), known)}")
+            hint = f"{nearest(str(metric), known)} There are {', '.join(known)}."
+            raise InputError(f"there is no metric {shown(metric)}.{hint}")
         return f"{heading}<p>The runs have no such accuracy.</p>"
     if baseline:
         baselines(list(metrics.index.unique()), baseline)

@@ -19,8 +19,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 import pyarrow.parquet as pq
-from .core import InputError, alone, as_path, check_shapes, constant, nearest, positive
-from .core import reason, replacing, row_blocks, shown, whole
+from .core import InputError, alone, as_path, check_shapes, constant, nearest, one_of
+from .core import positive, reason, replacing, row_blocks, shown, whole
 from .loss import positive_logit
 from .transform import can_be_read, known_options
 
@@ -354,7 +354,9 @@ class ScoreRecorder:
         is_info_nce: bool = True,  # Whether the loss is InfoNCE of these scores, at `tau`
     ):
         self.limit = _check_limit(limit)
-        self.is_info_nce = is_info_nce
+        self.is_info_nce = one_of("is_info_nce", is_info_nce, [False, True])
+        if not callable(gather):
+            raise InputError(f"gather is {shown(gather)}, but must be a function of a tensor.")
         self.gather = gather
         self.tau = None if tau is None else float(positive("tau", tau))
         self.tau_pos = None if tau_pos is None else float(positive("tau_pos", tau_pos))

@@ -308,9 +308,10 @@ def record_paths(
         except (OSError, ValueError) as e:
             raise InputError(f"{folder} cannot be searched for {shown(pattern)} ({e}).") from None
         if not found:
-            raise InputError(
-                f"there is no record {pattern}.json in {str(folder)!r}: give the `out` of a run."
-            )
+            there = sorted(path.stem for path in folder.glob("*.json"))
+            some = ", ".join(there[:5]) + ", ..." * (len(there) > 5)
+            remedy = f"there are {some}" if there else "give the `out` of a run"
+            raise InputError(f"there is no record {pattern}.json in {str(folder)!r}: {remedy}.")
         paths |= dict.fromkeys(found)
     return list(paths)
 

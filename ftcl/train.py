@@ -39,7 +39,7 @@ from .checkpoint import load_checkpoint, load_run, read_note, read_rows
 from .checkpoint import refuse_other_run, remove_parts, save_checkpoint, steps_of
 from .core import LAYERS, MIX, ORDER, PRECISIONS, VIEWS, InputError, Processes
 from .core import alone, counted, joined_names, locked, nearest, reason, remove_unfinished
-from .core import replacing, resolve_precision, seeded, shown
+from .core import replacing, resolve_precision, seeded, shown, whole, within
 from .data import DATASETS, DECODES, MOST_WORKERS, ImageSet, OnDisk, Sets, data_splits
 from .data import image_shape, label_remedy, load, resolve_workers, run_sets, shuffled
 from .encoder import CHECKPOINT, STEMS, Encoder, encoder_name, is_torch_file, refuse_size
@@ -526,7 +526,9 @@ def nth_run(
     number: int,  # Of the run within, from 1
     total: int,  # Runs
 ):
-    "The bar of a run within says which of several runs it is"
+    "The bar of a run within says which of several runs it is; `InputError` for another number"
+    whole("total", total, 1)
+    within("number", whole("number", number, 1), 1, total)
     token = _NTH_RUN.set(dict(run=f"{number} of {total}"))
     try:
         yield
@@ -1630,21 +1632,31 @@ def _foreign_encoder(
     if name:
         encoder_name(name)
 
-def _read_subject(
+def _check_subject(
     subject: _Subject,
     sets: Sets,  # From `_sets_to_measure`
     p: dict,  # Parameters of `evaluate_checkpoint`
-) -> dict:
-    "What a record says of the readouts of an encoder; raises `InputError` as `readings` does"
+) -> ReadoutSettings:
+    "How to read it out; raises `InputError` for what a readout or the encoder would refuse"
     names = ("k", "t", "linear_epochs", "linear_lr", "finetune_epochs", "finetune_lr", "imbalance")
     settings = ReadoutSettings(
         seed=p["seed"], precision=p["precision"], workers=resolve_workers(p["workers"]),
         **{name: p[name] for name in names},
     )
+    check_readouts(_names_to_read(p), sets.bank, sets.test, settings)
+    name = p["encoder"] or subject.trained["encoder"]
+    refuse_size(name, subject.encoder.backbone, shape_of(sets.test), "`size`")
+    return settings
+
+def _read_subject(
+    subject: _Subject,
+    sets: Sets,  # As in `_check_subject`
+    p: dict,  # As in `_check_subject`
+    settings: ReadoutSettings,
+) -> dict:
+    "What a record says of the readouts of an encoder; raises `InputError` as `readings` does"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = subject.encoder.to(device)
-    name = p["encoder"] or subject.trained["encoder"]
-    refuse_size(name, encoder.backbone, shape_of(sets.test), "`size`")
     found = readings(encoder, sets.bank, sets.test, _names_to_read(p), settings)
     evaluate_on = p["dataset"] or subject.trained["evaluate_on"]
     dataset = p["dataset"] or subject.trained["dataset"]
@@ -1718,8 +1730,9 @@ def evaluate_checkpoint(
     existing_record(p, record_path(out, name), evaluate_checkpoint)
     sets = _sets_to_measure(p, subject.trained)
     p["decode"] = sets.decode
+    settings = _check_subject(subject, sets, p)
     path = writable(out, name)
-    entries = _read_subject(subject, sets, p)
+    entries = _read_subject(subject, sets, p, settings)
     record = dict(
         schema=SCHEMA, name=name,
         parameters=result_parameters(p, evaluate_checkpoint),

@@ -467,6 +467,10 @@ def check_vectors(
         vectors["keys"] = (negatives.shared, "KD")
     if negatives.own is not None:
         vectors["own keys" if "keys" in vectors else "keys"] = (negatives.own, "BSD")
+    shapes = [tuple(getattr(x, "shape", ())) for x in (q, negatives.shared)]
+    if [len(o) for o in shapes] == [2, 2] and shapes[0][1] == shapes[1][0] != shapes[1][1]:
+        raise InputError(f"keys has the shape {shapes[1]}, (D, K), but must be (K, D): "
+                         "give keys.T.")
     if mask is None:
         check_shapes(**vectors)
     else:
@@ -649,7 +653,8 @@ def _warn_of_vectors(
     if not can_be_read(*named.values()):
         return
     lengths = {name: x.norm(dim=-1).float().median().item() for name, x in named.items()}
-    wrong = [f"{name} {length:.3g}" for name, length in lengths.items() if abs(length - 1) > 0.02]
+    odd = {name: o for name, o in lengths.items() if not abs(o - 1) < 0.02}  # NaN is odd
+    wrong = [f"{name} {length:.3g}" for name, length in odd.items()]
     if wrong:
         warnings.warn(f"vectors should have the length 1, but have {', '.join(wrong)} (median): "
                       "normalise them first, as q = torch.nn.functional.normalize(q, dim=1).",

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ftcl.checkpoint import read_note
 from ftcl.core import InputError, Processes, check_shapes, counted, nearest, positive
 from ftcl.encoder import Encoder, SplitBN, backbone, ema_update, projection, small_resnet, split_bn
 from ftcl.loss import in_batch, info_nce, positive_logit, scores, streamed_info_nce
@@ -920,3 +921,24 @@ def test_a_recorder_gives_no_negative_number_of_rows():
     for call in (recorder.frame, recorder.table):
         with pytest.raises(InputError, match="last is -3, but must be a whole number of at"):
             call(-3)
+
+
+def test_keys_that_lie_in_columns_are_told_to_turn():
+    q, k = row(1), row(2)
+    with pytest.raises(InputError, match=r"\(D, K\), but must be \(K, D\): give keys.T"):
+        scores(q, k, row(3, 2 * D).T)
+    assert scores(q, k, row(3, D).T)[1].shape == (B, D)  # square: nobody can tell
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_numbers_of_numpy_are_taken_without_a_word(kind):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FeatureTransform("pos", strength=kind(0.5), alpha=kind(2))(row(1), row(2), row(3, K))
+        ScoreRecorder(tau=kind(0.2))
+
+
+def test_a_checkpoint_without_its_ending_is_named_whole(tmp_path):
+    (tmp_path / "run.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="it is missing, or no file; give .*run.safetensors"):
+        read_note(tmp_path / "run")
