@@ -125,7 +125,7 @@ def within(
     most: float,
 ) -> float:
     "`value` as a float; raises `InputError` unless it is a number from `least` to `most`"
-    if is_number(value) and least <= value <= most:
+    if is_number(value) and least <= float(value) <= most:
         return float(value)
     raise InputError(f"{name} is {shown(value)}, but must be a number from {least} to {most}.")
 

@@ -69,7 +69,7 @@ def _factor(lam, x):
                          "but must hold floating-point numbers, one or all for each axis of "
                          f"{tuple(x.shape)}, on {x.device}.")
     most = torch.finfo(x.dtype).max**0.5
-    if is_number(lam) and -most <= lam <= most:
+    if is_number(lam) and -most <= float(lam) <= most:
         return float(lam)
     raise InputError(f"lam is {shown(lam)}, but must be a tensor, or a number up to {most:.0e}.")
 
@@ -115,7 +115,7 @@ def _beta_parameter(
     alpha: float,  # Its value
 ) -> float:
     "`alpha` as a float; raises `InputError` where Beta(alpha, alpha) cannot be drawn"
-    if 1e-300 <= positive(name, alpha) <= 1e300:
+    if 1e-300 <= float(positive(name, alpha)) <= 1e300:
         return float(alpha)
     raise InputError(f"{name} is {shown(alpha)}, but must lie between 1e-300 and 1e300.")
 

@@ -936,6 +936,9 @@ def test_numbers_of_numpy_are_taken_without_a_word(kind):
         warnings.simplefilter("error")
         FeatureTransform("pos", strength=kind(0.5), alpha=kind(2))(row(1), row(2), row(3, K))
         ScoreRecorder(tau=kind(0.2))
+        extrapolate(row(1), row(2), kind(1.5))
+        info_nce(*scores(row(1), row(2), row(3, K)), kind(0.2), kind(0.1))
+        Encoder("small", dim=8), ema_update(Encoder("small"), Encoder("small"), kind(0.9))
 
 
 def test_a_checkpoint_without_its_ending_is_named_whole(tmp_path):
