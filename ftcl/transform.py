@@ -718,7 +718,8 @@ class FeatureTransform(nn.Module):
 
     Wrong options raise `InputError`. An option without an effect on these transformations is
     taken, since runs may share a call. A tensor as `strength` is one number, or (D,) at level
-    dimension. A `Parameter` learns.
+    dimension. A `Parameter` learns. In `eval` mode vectors are transformed, too: for the loss of
+    a validation set take `FeatureTransform("none")`.
     """
     looked = False  # whether the vectors of a first call have been looked at
     generator = _of_options("generator")  # of all draws
