@@ -161,7 +161,7 @@ def test_parameters_are_those_of_the_function(name):
     )[name]
     own_default = dict(
         pretrain={"mixing", "epochs", "knn_every"},
-        ablation={"mixing", "epochs", "knn_every", "out"},
+        ablation={"mixing", "epochs", "batch_size", "knn_every", "out"},
         evaluate={"linear_epochs"},
         transfer=set(),
     )[name]
