@@ -19,6 +19,18 @@ export MALLOC_MMAP_THRESHOLD_ := 1073741824
 SHELL        := /bin/bash
 .SHELLFLAGS  := -eu -o pipefail -c
 .DEFAULT_GOAL := help
+# tables of paired differences for a terminal
+define SHOW
+import sys, pandas
+pandas.set_option("display.width", 100)
+for path in sys.argv[1:]:
+    table = pandas.read_csv(path, index_col=0)
+    if len(table):  # images without labels have no accuracy
+        table = table.drop(columns=["baseline_sd", "setting_sd"]).astype({"n": int}).round(1)
+        print(path, table, sep="\n", end="\n\n")
+endef
+export SHOW
+
 .PHONY: help env ablation figures test faults cluster clean readme book lab
 
 help: ## list these commands
@@ -38,7 +50,7 @@ ablation: $(READY) ## the main job on the built-in shapes: none against posneg; 
 	$(BIN)/papermill --no-progress-bar --stderr-file /dev/stderr \
 		nbs/ablation.ipynb $(RUNS)/ablation.ipynb -p out $(RUNS)/ablation -p resume True $(ABLATION) \
 		2>&1 | (trap '' INT TERM; exec cat >&2)
-	@find $(RUNS)/ablation -name '*.csv' -exec tail -n +1 {} +
+	@find $(RUNS)/ablation -name '*.csv' -exec $(BIN)/python -c "$$SHOW" {} +
 	@echo "Open $(RUNS)/ablation.ipynb (make lab) for the curves; records and scores are in $(RUNS)/ablation/."
 
 figures: $(READY) ## redraw what changed; the first time in a clone, every figure

@@ -237,9 +237,10 @@ def test_papermill_explains_every_parameter(name):
 def test_a_log_and_an_executed_notebook_keep_what_was_said(tmp_path):
     "`make ablation` into files: what stood there stays, bars pass through; none is in the notebook"
     (tmp_path / "bin").mkdir()
-    papermill = tmp_path / "bin" / "papermill"
-    papermill.write_text(f'#!/bin/sh\nexec {sys.executable} -m papermill "$@"\n')
-    papermill.chmod(0o755)
+    for name, module in (("papermill", "-m papermill"), ("python", "")):
+        program = tmp_path / "bin" / name
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} {module} "$@"\n')
+        program.chmod(0o755)
     (tmp_path / "ready").touch()
     small = "-p seeds 1 -p epochs 1 -p n_images 640 -p batch_size 64 -p queue_size 64"
     small += " -p knn_every 0"
@@ -251,7 +252,9 @@ def test_a_log_and_an_executed_notebook_keep_what_was_said(tmp_path):
         run = subprocess.run(made, cwd=ROOT, stdout=both, stderr=both)
     said = log.read_text()
     assert run.returncode == 0, said
-    assert said.startswith("an earlier line\n") and "Open " in said and ",difference" in said
+    assert said.startswith("an earlier line\n") and "Open " in said
+    assert re.search(r"\bbaseline +setting +difference +low +high\n", said)
+    assert re.search(r"\nkNN accuracy, backbone \(%\) +1( +(-?\d+\.\d|NaN)){5}\n", said)
     assert re.search(r"posneg-s0: .*<\d\d:\d\d, ", said), "a bar with the time that is left"
     executed = nbformat.read(tmp_path / "runs" / "ablation.ipynb", 4)
     outputs = [o for c in executed.cells if c.cell_type == "code" for o in c.outputs]
