@@ -274,7 +274,8 @@ def _check_step(step, last):
         wanted = "a whole number from 0 to 2**53"
         raise InputError(f"step is {shown(step)}, but must be {wanted}.")
     if step <= last:
-        raise InputError(f"step is {step} after step {last}: count the steps through all epochs.")
+        raise InputError(f"step is {step} after step {last}: record once a step, and count the "
+                         "steps through all epochs.")
 
 def _check_given(pos, neg, before, soft_max, features):
     "Raise `InputError` unless all that is given of a step fits together"

@@ -264,8 +264,10 @@ def as_negatives(
     keys: "Tensor | Negatives",  # (K, D), or (B, S, D)
     mask: Tensor | None = None,  # (B, K)
 ) -> Negatives:
-    "Negatives of either kind; raises `InputError` for a mask where no query shares any"
+    "Negatives of either kind; raises `InputError` for a second mask, or one that fits no shared key"
     if isinstance(keys, Negatives):
+        if None not in (mask, keys.mask):
+            raise InputError("the keys have a mask already: give one mask, as own | mask.")
         return keys if mask is None else keys._replace(mask=mask)
     if getattr(keys, "ndim", 2) != 3:
         return Negatives(shared=keys, mask=mask)
@@ -625,16 +627,25 @@ class Auto(nn.Module):
         processes: Processes = Processes(),
     ) -> Tensor:  # s, a scalar on the device of `q`
         "The strength for this call; in `eval` mode that of the last call in training"
-        if not self.training:
-            return self.strength.to(q.device)
-        now = mean_of_others(q, k, processes).to(self.signal.dtype)
-        before = self.signal.to(q.device)
+        if self.training:
+            now = mean_of_others(q, k, processes).to(self.signal.dtype)
+            if torch.is_inference_mode_enabled():  # a state must be open to a checkpoint
+                with torch.inference_mode(False), torch.no_grad():
+                    self.follow(now)
+            else:
+                self.follow(now)
+        return self.strength.to(q.device)
+
+    def follow(self,
+        now: Tensor,  # m of this call, a scalar
+    ):
+        "Bring the running mean and the strength up to date"
+        before = self.signal.to(now.device)
         smooth = torch.where(before.isnan(), now, before.lerp(now, self.newest))
         self.signal = torch.where(now.isnan(), before, smooth)
         wanted = self.ceiling * (1 - self.signal / self.neg_limit).clamp(0, 1).nan_to_num(0.0)
-        highest = self.strength.to(q.device) + self.ceiling / self.rise
+        highest = self.strength.to(now.device) + self.ceiling / self.rise
         self.strength = torch.minimum(wanted, highest)
-        return self.strength
 
 # %% ../nbs/03_transform.ipynb #eb2938fb
 def runs_eagerly() -> bool:
@@ -666,7 +677,7 @@ def _warn_of_vectors(
                           "True takes a negative out, False leaves it in.", stacklevel=5)
     if len(q) and _meets_its_own(q.detach(), k.detach(), negatives):
         warnings.warn("keys hold the first query's own key, or the query itself, so it is pushed "
-                      "away from what it is pulled to: fill the queue after the scores are taken, "
+                      "away from what it is pulled to: fill the queue after the backward pass, "
                       "or give a mask that is True there, as in_batch of ftcl.loss does.",
                       stacklevel=5)
 
@@ -724,6 +735,8 @@ class FeatureTransform(nn.Module):
     looked = False  # whether the vectors of a first call have been looked at
     generator = _of_options("generator")  # of all draws
     processes = _of_options("processes")  # the `Processes` that share every batch
+    decided = ("level", "alpha", "alpha_neg", "renormalize", "strength", "detach_key", "append",
+               "neg_limit")  # once and for all, when it is made
     strength = property(lambda self: self.options.strength)  # s of the last call, or the first
     alpha = property(lambda self: self.options.alpha)  # that of the last call, or the first
 
@@ -762,6 +775,11 @@ class FeatureTransform(nn.Module):
             self.options.strength = self.auto.strength
         self.mixing = mixing
         self.drawn = {}  # what the last call drew: name -> mean of all l, a scalar tensor
+
+    def __setattr__(self, name, value):
+        if name in self.decided:
+            raise InputError(f"{name} is decided when a FeatureTransform is made: make another.")
+        super().__setattr__(name, value)
 
     def keep_tensor(self,
         strength: float | str | Tensor,
@@ -808,10 +826,11 @@ class FeatureTransform(nn.Module):
             options.strength = self.strength_tensor
         if self.auto:
             options.strength = self.auto(q, k, self.processes)
-            self.drawn["signal"] = self.auto.signal
+            self.drawn["signal"] = self.auto.signal.clone()  # a checkpoint may overwrite it
         if self.changes:
             s = options.strength
-            self.drawn["strength"] = s if torch.is_tensor(s) else torch.full((), s, device=q.device)
+            s = s.clone() if torch.is_tensor(s) else torch.full((), s, device=q.device)
+            self.drawn["strength"] = s
 
     def forward(self,
         q: Tensor,  # (B, D) queries
@@ -833,6 +852,9 @@ class FeatureTransform(nn.Module):
         if runs_eagerly() and self.parts and not self.looked:
             self.looked = True
             _warn_of_vectors(q, k, negatives)
+            if self.auto and len(q) * self.processes.count == 1:
+                warnings.warn("strength auto compares the images of a batch, and stays as it is "
+                              "where there is one alone: take a number.", stacklevel=4)
         self.drawn = {}
         if self.parts:
             self.set_strength(q, k)

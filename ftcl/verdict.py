@@ -116,11 +116,21 @@ def _one_direction(last):
     reason += f"image {pairs:.3g}, and the features fill {filled} dimensions"
     return _Found(value > COMMON, column, value, reason)
 
+def _no_gap(last):
+    "A plateau without K or a loss: two views score no higher than two images; None: not seen"
+    column = f"{last.prefix}pos_mean"
+    gap = last.frame[column] - last.frame[f"{last.prefix}neg_mean"]
+    value = float(last.frame[column].mean())
+    reason = f"two views of one image score {value:.3g} on average {_column(column)}, and different "
+    reason += f"images {value - gap.mean():.3g}: no more than chance lets them differ"
+    alike = len(gap) > 1 and gap.mean() < 3 * gap.std() / math.sqrt(len(gap))
+    return _Found(True, column, value, reason) if alike else None
+
 def _plateau(last):
     "Whether the loss is that of a guess"
     column, value = _loss_column(last.frame)
     if last.negatives is None or not math.isfinite(value):
-        return None
+        return _no_gap(last)
     guess = math.log(last.negatives + 1)
     reason = f"the loss is {value:.3g} nats {_column(column)}, and a guess among the positive and "
     reason += f"all negatives has {guess:.3g}"

@@ -905,9 +905,49 @@ def test_a_strength_or_an_alpha_is_given_at_the_beginning_and_read_afterwards():
     assert (transform.strength, transform.alpha) == (0.3, 3.0)
     assert FeatureTransform("pos", strength="auto").strength == 0
     assert FeatureTransform("pos", strength=torch.tensor(0.5)).strength == 0.5
-    for name in ("strength", "alpha"):
-        with pytest.raises(AttributeError):
-            setattr(transform, name, 0.1)
+
+
+@pytest.mark.parametrize("name", FeatureTransform.decided)
+def test_an_option_set_afterwards_is_refused_and_not_ignored(name):
+    transform = shared("posneg")
+    with pytest.raises(InputError, match=f"^{name} is decided when a FeatureTransform is made"):
+        setattr(transform, name, 0.1)
+    free = {"mixing", "generator"}
+    assert set(FeatureTransform.decided) | free == set(signature(FeatureTransform).parameters)
+    transform.mixing = "none"
+    assert transform(*VECTORS)[2] is VECTORS[2]
+
+
+def test_a_second_mask_does_not_replace_the_first():
+    own = torch.zeros(B, K, dtype=torch.bool)
+    own[:, 0] = True
+    masked = Negatives(VECTORS[2], mask=own)
+    with pytest.raises(InputError, match="the keys have a mask already: give one mask"):
+        shared("none")(*VECTORS[:2], masked, torch.zeros_like(own))
+    assert shared("none")(*VECTORS[:2], masked)[2].mask is own
+
+
+def test_auto_may_be_called_where_nothing_is_learnt_and_load_a_state_later():
+    transform = shared("pos", strength="auto")
+    transform(*VECTORS)
+    state = deepcopy(transform.state_dict())
+    with torch.inference_mode():
+        transform(*VECTORS)
+    drawn = transform.drawn["strength"], transform.drawn["signal"]
+    values = [float(x) for x in drawn]
+    assert values[0] > state["auto.strength"]
+    transform.load_state_dict(state)
+    assert [float(x) for x in drawn] == values  # what was handed out stays
+    assert transform.auto.strength == state["auto.strength"]
+    q = VECTORS[0].clone().requires_grad_()
+    scores(*transform(q, *VECTORS[1:]))[0].sum().backward()
+    assert q.grad.isfinite().all()
+
+
+def test_auto_with_one_image_says_that_it_does_nothing():
+    q, k, keys = VECTORS
+    with pytest.warns(UserWarning, match="^strength auto compares the images of a batch"):
+        shared("pos", strength="auto")(q[:1], k[:1], keys)
 
 
 @pytest.mark.parametrize("strength", [0, -1, 1.5, math.nan, math.inf, True])

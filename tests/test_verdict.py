@@ -272,6 +272,24 @@ def test_a_pair_that_is_not_near_is_never_saturated():
     assert recorder.verdict().word == "healthy"
 
 
+@pytest.mark.parametrize("noise, word", [(None, "plateau"), (2.0, "healthy")])
+def test_noise_is_not_healthy_where_neither_k_nor_tau_is_known(noise, word):
+    "Noise of each number of a view, as long as the whole image's vector times `noise` / sqrt(D)"
+    generator = torch.Generator().manual_seed(0)
+
+    def unit(n, like=None):
+        x = torch.randn(n, 32, generator=generator)
+        return F.normalize(x if like is None else like + noise * x / 32**0.5, dim=1)
+
+    recorder = ScoreRecorder()
+    for step in range(60):
+        q = unit(16)
+        k = unit(16) if noise is None else unit(16, q)
+        recorder.record(step, *scores(q, k, unit(64)))
+    assert recorder.verdict().word == word
+    assert recorder.verdict().bad == (noise is None)
+
+
 def test_masked_negatives_do_not_count():
     recorder = ScoreRecorder(tau=0.2)
     neg = torch.rand(8, 40).index_fill(1, torch.arange(9), -math.inf)
