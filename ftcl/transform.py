@@ -264,7 +264,7 @@ def as_negatives(
     keys: "Tensor | Negatives",  # (K, D), or (B, S, D)
     mask: Tensor | None = None,  # (B, K)
 ) -> Negatives:
-    "Negatives of either kind; raises `InputError` for a second mask, or one that fits no shared key"
+    "Negatives of either kind; raises `InputError` for a second mask or no shared keys for one"
     if isinstance(keys, Negatives):
         if None not in (mask, keys.mask):
             raise InputError("the keys have a mask already: give one mask, as own | mask.")

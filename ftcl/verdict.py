@@ -121,7 +121,7 @@ def _no_gap(last):
     column = f"{last.prefix}pos_mean"
     gap = last.frame[column] - last.frame[f"{last.prefix}neg_mean"]
     value = float(last.frame[column].mean())
-    reason = f"two views of one image score {value:.3g} on average {_column(column)}, and different "
+    reason = f"two views of one image score {value:.3g} on average {_column(column)}, different "
     reason += f"images {value - gap.mean():.3g}: no more than chance lets them differ"
     alike = len(gap) > 1 and gap.mean() < 3 * gap.std() / math.sqrt(len(gap))
     return _Found(True, column, value, reason) if alike else None
