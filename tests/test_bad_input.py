@@ -158,7 +158,10 @@ UNFIT = [
     (dict(soft_max=POS[1:]), "soft_max has the shape (5,), but must be (B,) with B = 6."),
     (dict(loss=torch.zeros((), device="meta")), "loss is on meta, where a tensor has no value."),
     (dict(loss="low"), "loss is 'low', but must be one number."),
-    (dict(step=3), "step is 3 after step 3: record once a step, and count the steps through all"),
+    (
+        dict(step=3),
+        "step is 3 after step 3: record once a step, and count the steps through all epochs.",
+    ),
     (dict(step=0), "step is 0 after step 3"),
     (dict(seed=1), "seed is the name of a column that joined records get"),
 ]
