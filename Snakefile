@@ -31,7 +31,10 @@ FIGURES = {  # notebook in nbs/figures: (studies that it is drawn from, *: all; 
     "sphere": ("sphere", ["sphere", "sphere-pair"]),
     "momentum": (
         "cifar10-momentum",
-        ["cifar10-momentum-scores", "cifar10-momentum-depth", "cifar10-momentum-accuracy"],
+        [
+            "cifar10-momentum-scores", "cifar10-momentum-depth", "cifar10-momentum-landscape",
+            "cifar10-momentum-accuracy",
+        ],
     ),
     "gradient": (
         "cifar10-momentum",

@@ -198,7 +198,8 @@ def register(
     table[name] = entry
 
 # %% ../nbs/00_core.ipynb #fc56f8af
-# Purposes: what a run draws numbers for
+# Purposes of numbers: order of images; views; transformation; first weights; what a method
+# starts with, such as keys; images set aside; layers such as dropout
 ORDER, VIEWS, MIX, WEIGHTS, START, HOLDOUT, LAYERS = range(7)
 
 # %% ../nbs/00_core.ipynb #edf48074

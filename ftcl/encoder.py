@@ -1034,7 +1034,7 @@ class Encoder(nn.Module):
     "Images to unit vectors, by a backbone and a head; raises `InputError` for what is no backbone"
     def __init__(self,
         net: str | nn.Module = "small",  # A name as in `encoder_name`, or a module, used as it is
-        head: str = "mlp",  # `linear` (MoCo v1) or `mlp` (MoCo v2)
+        head: str = "mlp",  # One of `HEADS`: `linear` (MoCo v1), `mlp` (MoCo v2), ...
         dim: int = 128,  # D, length of z
         stem: str = "small",  # Of a torchvision ResNet: `small` (3x3) or `imagenet` (7x7, pool)
         bn_splits: int = 1,  # Parts of a batch that are normalised apart; 1: as the backbone does

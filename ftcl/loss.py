@@ -83,7 +83,7 @@ def in_batch(
     z1: Tensor,  # (B, D) vectors of one view of each image
     z2: Tensor,  # (B, D) vectors of the other view
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # q, k, keys (2B, D) and their mask (B, 2B)
-    "A batch as its own source of negatives: all vectors but a query's own two are its negatives"
+    "All vectors of a batch but a query's own two, as negatives; raises `InputError` for one image"
     check_shapes(z1=(z1, "BD"), z2=(z2, "BD"))
     check_kinds(dict(z1=z1, z2=z2))
     if len(z1) < 2:

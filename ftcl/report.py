@@ -788,7 +788,7 @@ _DPI = 110  # of a picture made of pixels
 def small_png(
     fig: Figure,
 ) -> bytes:
-    "A figure as a PNG file of at most 256 colours, without a date"
+    "A figure as a PNG of 256 colours at most, without a date; raises `InputError` for another"
     if not isinstance(fig, Figure):
         raise InputError(f"the figure is {shown(fig)}, but must be one of Matplotlib.")
     full = BytesIO()

@@ -345,7 +345,7 @@ def scores_path(
 
 # %% ../nbs/05_scores.ipynb #49ffc5ab
 class ScoreRecorder:
-    "Statistics of the scores of every recorded step; the K scores themselves are never stored"
+    "Statistics of every recorded step, never the scores; raises `InputError` for wrong options"
     @known_options
     def __init__(self,
         limit: float = LIMIT,  # Quantiles of `neg` lie in -limit .. limit, to within limit / BINS

@@ -62,7 +62,7 @@ from .visualize import LiveScores
 
 # %% ../nbs/13_train.ipynb #fe29fbf6
 def cosine_lr(
-    lr: float,  # At step 0
+    lr: float,  # At step 0, or at the end of the warm-up
     step: int,
     steps: int,  # T, in all
     warmup: int = 0,  # Steps of a rising rate, before the cosine
@@ -1715,7 +1715,7 @@ def evaluate_checkpoint(
     name: Annotated[str, Param("file name of the record", "files")] = "evaluate",
     workers: Workers = -1,
 ) -> dict:  # The record
-    "Accuracy (%) of readouts by name, measured as the run was, or on another set; `InputError`"
+    "Accuracy (%) of readouts, on the run's images or another set; raises `InputError`"
     p = dict(
         checkpoint=checkpoint, dataset=dataset, encoder=encoder, stem=stem, size=size,
         n_images=n_images, decode=decode, image_column=image_column, label_column=label_column,

@@ -600,7 +600,7 @@ def _check_limit(
                      "1.")
 
 class Auto(nn.Module):
-    "A strength that falls to 0 as the mean score of different images rises to a limit"
+    "A strength that falls as different images score alike; raises `InputError` for wrong words"
     rise = 200  # calls, at least, from 0 to the ceiling
     newest = 0.1  # weight of a call in the running mean of m
 
@@ -1031,15 +1031,15 @@ class Synthetic(Transform):
 
 class MoCHi(Synthetic, name="mochi"):
     "Mixtures of two hard negatives, and of one and the query (arXiv 2010.01028)"
-    pairs = 1024  # s
-    with_query = 128  # s'
+    pairs = 1024  # m
+    with_query = 128  # m'
 
     def make(self, q, keys, order):
-        n = self.some(self.pairs, keys, order)  # (B, s, D)
+        n = self.some(self.pairs, keys, order)  # (B, m, D)
         other = self.some(self.pairs, keys, order)
-        a = self.random(torch.rand, n)  # (B, s, 1)
+        a = self.random(torch.rand, n)  # (B, m, 1)
         of_two = other.lerp_(n, a)  # a n + (1 - a) n'
-        n = self.some(self.with_query, keys, order)  # (B, s', D)
+        n = self.some(self.with_query, keys, order)  # (B, m', D)
         b = self.random(torch.rand, n) / 2
         with_q = n.lerp_(q, b)  # b q + (1 - b) n
         return torch.cat([of_two, with_q], 1)

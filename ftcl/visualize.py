@@ -133,7 +133,7 @@ def legend_below(
     handles: list,  # Lines or patches
     labels: list,  # A text for each
 ):  # The figure, higher by the legend
-    "One legend under all panels, in as many columns as fit, and no more than four"
+    "One legend under all panels, four columns at most; raises `InputError` for missing labels"
     labels = [label_text(label) for label in labels]
     if len(handles) != len(labels):
         drawn = counted(len(handles), "line or patch", "lines or patches")
@@ -272,7 +272,7 @@ def _add_verdict(fig, frame):
     fig.suptitle(text.strip(), fontsize="small")
 
 class LiveScores:
-    "Curves of a recorder, drawn anew in place while it fills, in a notebook that somebody has open"
+    "Curves of a recorder that grow in an open notebook; raises `InputError` for wrong input"
     def __init__(self,
         recorder: ScoreRecorder,
         label: str = "",  # Of the curves
