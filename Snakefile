@@ -62,7 +62,8 @@ FIGURES = {  # notebook in nbs/figures: (studies that it is drawn from, *: all; 
     "screening": ("cifar10-screening", ["cifar10-screening"]),
     "few": ("cifar10-few", ["cifar10-few", "cifar10-few-course"]),
     "longer": (
-        "cifar10-long tiny-imagenet-100 cifar10-transforms", ["cifar10-long", "longer"],
+        "cifar10-long cifar10-long-16 tiny-imagenet-100 cifar10-transforms",
+        ["cifar10-long", "longer"],
     ),
     "hardness": (
         "cifar10-curve directions",
