@@ -316,14 +316,43 @@ class OnDisk(ImageSet):
         return self.listing.classes
 
 # %% ../nbs/01_data.ipynb #d0f9bcea
+_MOST_NAMED = 10  # images in one message
+
+def _each(
+    data: "OnDisk",
+    read: Callable,  # Gives something for an item and its name, or raises `InputError`
+    indices: Iterable,
+) -> Iterator:
+    "What `read` gives, one by one; at the end one `InputError` names all images that it refused"
+    first = ""
+    others = []
+    for i in indices:
+        item, what = data.item(i)
+        try:
+            found = read(item, what)
+        except InputError as e:
+            if first:
+                path = item and item["path"]
+                others.append(repr(path) if path else f"image {data.place(i)}")
+            else:
+                first = str(e)
+        else:
+            yield found
+    if others:
+        named = ", ".join(others[:_MOST_NAMED])
+        more = f" and {len(others) - _MOST_NAMED:,} more" if len(others) > _MOST_NAMED else ""
+        raise InputError(f"{first} Nor can {counted(len(others), 'other')} be used: {named}{more}.")
+    if first:
+        raise InputError(first)
+
 def decode_all(
     data: OnDisk,
     indices: Iterable,  # Numbers of N images
 ) -> np.ndarray:  # (N, 3, H, W) uint8
-    "Images, decoded into one array; raises `InputError` if they differ in size"
+    "Images, decoded into one array; `InputError` if they differ in size, or cannot be decoded"
     images = None
-    for place, i in enumerate(indices):
-        image = _fitted(data.picture(i), data.size)  # (H, W, 3)
+    for place, picture in enumerate(_each(data, decode_image, indices)):
+        image = _fitted(picture, data.size)  # (H, W, 3)
         if images is None:
             images = np.empty((len(indices), 3, *image.shape[:2]), np.uint8)
         if image.shape[:2] != images.shape[2:]:
@@ -342,9 +371,9 @@ def _some_sizes(
     data: OnDisk,
     most: int = 256,  # Images to look at, from the first to the last at even distances
 ) -> list:  # Of (width, height)
-    "Sizes of some images as they are stored; raises `InputError` for a header that is damaged"
+    "Sizes of some images as they are stored; raises `InputError` for damaged headers"
     places = np.unique(np.linspace(0, len(data) - 1, min(most, len(data))).astype(int))
-    return [image_size(*data.item(i)) for i in places.tolist()]
+    return list(_each(data, image_size, places.tolist()))
 
 # %% ../nbs/01_data.ipynb #d30e2fcf
 def image_shape(
@@ -495,8 +524,9 @@ def _content_key(
 ) -> str:
     "A hash of everything that decides the pixels of a set"
     content = hashlib.blake2b(repr((_CACHE_VERSION, PIL.__version__, data.size)).encode())
-    for i in _progress(len(data), f"looking for {data.listing.what} in the cache"):
-        content.update(hashlib.blake2b(encoded_bytes(*data.item(i))).digest())
+    numbers = _progress(len(data), f"looking for {data.listing.what} in the cache")
+    for encoded in _each(data, encoded_bytes, numbers):
+        content.update(hashlib.blake2b(encoded).digest())
     return content.hexdigest()[:32]
 
 def _pixels_key(images):

@@ -677,6 +677,27 @@ def test_messages_name_no_folder_that_is_not_there(home, capsys):
         assert str(told.value).startswith(f"image 1 of {what} ({str(file)!r}) cannot be decoded")
 
 
+@pytest.mark.parametrize("decode", ["once", "as_needed"])
+def test_one_message_names_all_images_that_cannot_be_used(home, decode):
+    write(home / "flat", 15, size=(20, 20))
+    files = sorted((home / "flat").iterdir())
+    whole = files[0].read_bytes()
+    for damage in (b"", b"no image", whole[:-200]):  # no bytes, no header, cut short
+        for file in files[1:]:
+            file.write_bytes(damage)
+        with pytest.raises(InputError) as told:
+            load("flat", size=16, decode=decode).batch(torch.arange(15))
+        named, *_ = re.findall(r"Nor can 13 others be used: (.*) and 3 more\.$", str(told.value))
+        assert str(told.value).startswith(f"image 1 of flat ({str(files[1])!r}) ")
+        assert named == ", ".join(repr(str(file)) for file in files[2:12])
+        assert "\n" not in str(told.value)
+    for file in files[2:]:
+        file.write_bytes(whole)
+    with pytest.raises(InputError) as told:
+        load("flat", size=16, decode=decode).batch(torch.arange(15))
+    assert str(told.value).endswith("Mend or remove it.")
+
+
 def test_images_without_labels_come_with_a_remedy(home):
     write(home / "flat", 12, size=(20, 20))
     kinds = datasets.Features(image=datasets.Image())
