@@ -82,6 +82,14 @@ def test_a_chapter_stays_small(path):
     assert len(cells(path)) <= 60
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "ftcl").rglob("*.py")), ids=lambda p: p.stem)
+def test_exported_lines_fit(path):
+    "A docstring's quotes count too; nbdev alone decides how `__all__` and its index are wrapped"
+    if path.name != "_modidx.py":
+        code = re.sub(r"^__all__ = \[.*?\]$", "", path.read_text(), flags=re.S | re.M)
+        assert not [line for line in code.splitlines() if len(line) > 100]
+
+
 def number(path):
     "Place of a chapter; a method comes after the contract that it keeps"
     return "09" if path.parent.name == "methods" else path.stem.split("_")[0]
